@@ -201,7 +201,8 @@ def readme_files(
     nb = load_notebook(path)
     nb.cells = visible_cells(nb, cfg["nbs_path"])
     nb.metadata = dict(language_info=dict(name="python"))
-    exporter = markdown.MarkdownExporter(display_data_priority=["text/markdown", "image/png", "text/plain"])
+    shown = dict(NbConvertBase=dict(display_data_priority=["text/markdown", "image/png", "text/plain"]))
+    exporter = markdown.MarkdownExporter(config=need("traitlets.config").Config(shown))
     notebook = need("nbformat").reads(nbio.nb2str(nb), as_version=4)
     text, extra = exporter.from_notebook_node(notebook, resources=dict(output_files_dir="README_files", unique_key="figure"))
     head = f"<!-- Made from {cfg['nbs_path']}/{cfg['readme_nb']} by `make readme`: edit that, not this. -->\n\n"
