@@ -36,7 +36,7 @@ def inverse_sqrt(
     z = t = 1.5 * eye - 0.5 * y
     for _ in range(n_iter - 1):
         y = y @ t
-        t = 1.5 * eye - 0.5 * (z @ y)
+        t = 1.5 * eye - (0.5 * z) @ y
         z = t @ z
     return z / norm.sqrt()
 
@@ -81,9 +81,10 @@ def whitening(
     "Mean of the samples and inverse square root of their covariance."
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = x.mean(-2)
-        x = x - mean.unsqueeze(-2)
-        cov = x.mT @ x / x.shape[-2]
+        mean = x.sum(-2) / x.shape[-2]
+        x = x - mean.detach().unsqueeze(-2)
+        half = x.detach().mT @ x / x.shape[-2]
+        cov = half + half.mT - half.detach()
         return mean, inverse_sqrt(cov + eps * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), n_iter)
 
 # %% ../nbs/07_deconv.ipynb #b2fff51b
