@@ -7,7 +7,7 @@ __all__ = ['MADE_FROM_NOTEBOOKS', 'RUNNING', 'need', 'project_root', 'settings',
            'tidy_outputs', 'make_shell', 'run_cell', 'load_notebook', 'run_cells', 'clean_notebook', 'run_notebook',
            'visible_cells', 'readme_files', 'write_readme', 'child_env', 'n_cores', 'made_files', 'remade_files',
            'out_of_step', 'stop', 'run_job', 'pytest_counts', 'test_jobs', 'count_job', 'run_tests', 'count_line',
-           'page_html', 'build_pages', 'command_run', 'command_readme', 'command_sync', 'command_test',
+           'page_cell', 'page_html', 'build_pages', 'command_run', 'command_readme', 'command_sync', 'command_test',
            'command_docs_check', 'make_parser', 'print_cause', 'main']
 
 # %% ../nbs/90_dev.ipynb #9328bd73
@@ -377,17 +377,29 @@ def count_line(
     return f"{counts['passed']} passed, {counts['failed']} failed" + (f", {counts['skipped']} skipped" if counts["skipped"] else "")
 
 # %% ../nbs/90_dev.ipynb #9ac2fd2f
+def page_cell(
+    cell,                           # cell of a notebook processed by nbdev
+    name:str,                       # title to use if the front matter has none
+):                                  # the cell as it shall stand on a plain page
+    "Front matter becomes a title again, directives go, and what `echo: false` hides is tagged `hidden`."
+    if cell.cell_type == "raw" and cell.source.startswith("---"):
+        front = need("yaml").safe_load(cell.source.strip().strip("-"))
+        return need("nbformat.v4").new_markdown_cell(f"# {front.get('title', name)}\n\n> {front.get('description') or ''}")
+    if cell.cell_type == "code":
+        if re.match(r"(#\|.*\n)*#\| *echo: *false", cell.source): cell.metadata["tags"] = ["hidden"]
+        cell.source = re.sub(r"\A(#\|.*(\n|\Z))+", "", cell.source)
+    return cell
+
+# %% ../nbs/90_dev.ipynb #bd75a183
 def page_html(
     path,                           # notebook processed by nbdev
 )->str:
-    "A plain web page of a processed notebook; its title stands in the notebook's front matter."
-    exporter, nb = need("nbconvert.exporters").HTMLExporter(embed_images=True), need("nbformat").read(path, as_version=4)
-    for cell in nb.cells:
-        if cell.cell_type != "raw" or not cell.source.startswith("---"): continue
-        front = need("yaml").safe_load(cell.source.strip().strip("-"))
-        title, quote = front.get("title", Path(path).stem), front.get("description") or ""
-        cell.update(need("nbformat.v4").new_markdown_cell(f"# {title}\n\n> {quote.strip()}"))
-        cell.pop("outputs", None)
+    "A plain web page of a processed notebook."
+    nb = need("nbformat").read(path, as_version=4)
+    nb.cells = [page_cell(c, Path(path).stem) for c in nb.cells]
+    config = need("traitlets.config").Config(dict(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=["hidden"])))
+    exporter = need("nbconvert.exporters").HTMLExporter(config=config, embed_images=True)
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     html = exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=Path(path).stem)))[0]
     return re.sub(r'href="(?![a-z]+:)([^"#]+)\.ipynb', r'href="\1.html', html)
 
@@ -434,6 +446,7 @@ def command_readme(args):
 def command_sync(args):
     "fail if modules, README or notebooks are not what nbdev would make"
     names = out_of_step(project_root(), args.fix)
+    if not names: print("modules, README and notebooks are in step")
     for name in names: print(f"{'made anew' if args.fix else 'out of step'}: {name}")
     if names and not args.fix: print("Edit the notebook, never the module, then: python -m spectranb.dev sync --fix")
     return int(bool(names) and not args.fix)
