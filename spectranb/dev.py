@@ -7,8 +7,8 @@ __all__ = ['MADE_FROM_NOTEBOOKS', 'RUNNING', 'need', 'project_root', 'settings',
            'tidy_outputs', 'make_shell', 'run_cell', 'load_notebook', 'run_cells', 'clean_notebook', 'run_notebook',
            'visible_cells', 'readme_files', 'write_readme', 'child_env', 'n_cores', 'made_files', 'remade_files',
            'out_of_step', 'stop', 'run_job', 'pytest_counts', 'test_jobs', 'count_job', 'run_tests', 'count_line',
-           'page_cell', 'page_html', 'build_pages', 'command_run', 'command_readme', 'command_sync', 'command_test',
-           'command_docs_check', 'make_parser', 'print_cause', 'main']
+           'page_cell', 'page_html', 'process_notebooks', 'build_pages', 'command_run', 'command_readme',
+           'command_sync', 'command_test', 'command_docs_check', 'make_parser', 'print_cause', 'main']
 
 # %% ../nbs/90_dev.ipynb #9328bd73
 import argparse, configparser, hashlib, importlib, json, os, re, shutil, signal, subprocess, sys, tempfile, time, traceback
@@ -404,22 +404,35 @@ def page_html(
     return re.sub(r'href="(?![a-z]+:)([^"#]+)\.ipynb', r'href="\1.html', html)
 
 # %% ../nbs/90_dev.ipynb #20c9aff9
-def build_pages(
+def process_notebooks(
     root,                           # the checkout
-)->list:                            # the pages
-    "Process all notebooks as nbdev does for its web pages, and make plain HTML of them; raises where a cell fails."
-    root = Path(root).resolve(); nbs = root / settings(root)["nbs_path"]
+)->dict:                            # notebook -> the processed notebook in `_proc/`, or what went wrong
+    "Process all notebooks as nbdev does for its web pages, executing their imports, exports and `show_doc`s."
+    root = Path(root).resolve(); nbs, done = root / settings(root)["nbs_path"], {}
+    serve, quarto = need("nbdev.serve"), need("nbdev.quarto")
     shutil.rmtree(root / "_proc", ignore_errors=True)
     with chdir(root):
-        quarto = need("nbdev.quarto")
         quarto.refresh_quarto_yml()
         need("nbdev.doclinks")._build_modidx()
         quarto.nbdev_sidebar.__wrapped__(path=nbs)
-        cache = need("nbdev.serve").proc_nbs(nbs, n_workers=0)
-    pages = []
-    for path in sorted(cache.rglob("*.ipynb")):
-        pages.append(root / "_docs" / path.relative_to(cache).with_suffix(".html"))
-        with atomic_write(pages[-1]) as tmp: tmp.write_text(page_html(path), encoding="utf-8")
+    with chdir(nbs):
+        for path in notebooks(root):
+            job = serve._proc_file(path, root / "_proc", nbs)
+            try: serve.nbdev.serve_drv.main(job); done[path] = job[1]
+            except Exception as e: done[path] = e
+    return done
+
+# %% ../nbs/90_dev.ipynb #42b4bdc7
+def build_pages(
+    root,                           # the checkout
+)->list:                            # the pages
+    "Make plain HTML of all notebooks in `_docs/`; raises `BadInput` that lists what failed."
+    pages, failed = [], []
+    for path, done in process_notebooks(root).items():
+        if isinstance(done, Exception): failed.append(f"{path.name}: {done} ({done.__cause__!r})"); continue
+        pages.append((Path(root) / "_docs" / done.relative_to(Path(root).resolve() / "_proc")).with_suffix(".html"))
+        with atomic_write(pages[-1]) as tmp: tmp.write_text(page_html(done), encoding="utf-8")
+    if failed: raise BadInput("docs-check", f"{len(failed)} pages failed", "Imports in cells of their own?\n\n" + "\n\n".join(failed))
     return pages
 
 # %% ../nbs/90_dev.ipynb #80d56123
