@@ -401,6 +401,7 @@ def page_html(
     exporter = need("nbconvert.exporters").HTMLExporter(config=config, embed_images=True)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     html = exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=Path(path).stem)))[0]
+    html = re.sub(r"\{target=[^}]*\}", "", html)                             # an attribute in Quarto's notation
     return re.sub(r'href="(?![a-z]+:)([^"#]+)\.ipynb', r'href="\1.html', html)
 
 # %% ../nbs/90_dev.ipynb #20c9aff9

@@ -42,6 +42,45 @@ def check_core():
     return "the wavelength grid goes to air and back"
 
 
+def check_network():
+    import torch
+    from spectranb.deconv import fold_deconv
+    from spectranb.models import xresnet18_hybrid
+    torch.manual_seed(0)
+    net, cutouts = xresnet18_hybrid(), torch.randn(4, 5, 64, 64)
+    net(cutouts).square().mean().backward()
+    net.eval()
+    with torch.no_grad():
+        assert torch.allclose(fold_deconv(net)(cutouts), net(cutouts), atol=1e-4)
+    return "xresnet18_hybrid runs forward, backward and folded"
+
+
+def check_survey():
+    import pandas as pd
+    from spectranb.data.survey import Survey, SurveyWriter
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path, n = Path(folder) / "survey", 5
+        rows = pd.DataFrame(dict(object_id=[str(i) for i in range(n)], ra=np.linspace(1, 300, n), dec=np.zeros(n),
+                                 redshift=np.full(n, 0.1), norm=np.ones(n)))
+        writer = SurveyWriter(path, n, size=16, provenance=dict(seed=0))
+        writer.write(0, rows, rng.normal(size=(n, 1000)), np.ones((n, 1000)), cutouts=rng.normal(size=(n, 5, 16, 16)))
+        writer.finish()
+        survey = Survey.open(path)
+        assert len(survey) == n and survey.cutouts[2].shape == (5, 16, 16) and list(survey.catalog.object_id) == list(rows.object_id)
+    return "a survey is written and opened"
+
+
+def check_spectra():
+    from spectranb.data.spectra import infill
+    flux, ivar = np.ones((20, 1000)), np.ones((20, 1000))
+    flux *= np.random.default_rng(0).normal(1, 0.01, size=flux.shape)
+    flux[:, 300:320], ivar[:, 300:320] = np.nan, 0
+    flux[0, 300:320], ivar[0, 300:320] = 1, 1
+    assert np.isfinite(infill(flux, ivar)).all()
+    return "gaps in spectra are filled"
+
+
 def main():
     print(f"Python {sys.version.split()[0]}, " + ", ".join(f"{p} {version(p)}" for p in ("spectranb", "torch", "fastai", "fastcore")))
     counts = dict(passed=0, failed=0)
