@@ -57,8 +57,10 @@ test: $(VENV)/installed-dev       ## sync check, nbdev_test of every notebook, p
 	@$(DEV) test
 
 # The library as its users get it: not editable, newest fastai and fastcore, run from another folder.
+# build/ goes first: setuptools would pack modules from it that are gone.
 test-latest:     ## the library with the newest fastai and fastcore, in .venv-latest
 	@test -f $(LATEST)/made || { py=$$($(FIND_PYTHON)) && rm -rf $(LATEST) && "$$py" -m venv $(LATEST) && touch $(LATEST)/made; }
+	@rm -rf build
 	@$(LATEST)/bin/python -m pip install $(PIP_FLAGS) --upgrade "$(TORCH)" 'fastai>=2.8.12' 'fastcore>=2' .
 	@cd tests && ../$(LATEST)/bin/python -P latest_smoke.py
 
