@@ -6,9 +6,9 @@
 __all__ = ['N_BLUE', 'N_RED', 'SED_LOGLAM', 'SED_WAVELENGTH', 'SED_DLAM', 'REST', 'AGE_EDGES', 'AGE', 'TEMPLATE_Z', 'GRID_FILES',
            'TEMPLATE_FILE', 'OLD_STARS_LAM', 'OLD_STARS_FACTOR', 'C_KMS', 'FLUX_PER_LSUN', 'COSMOLOGY', 'ALL_FILTERS',
            'MW_LAM', 'MW_A_EBV', 'LINES', 'LINE_NAMES', 'LINE_LAM', 'BALMER', 'LINE_INDEX', 'MOCK', 'COMPONENTS',
-           'VOLUME_SCALE', 'FIBRE_HALF', 'NOISE_LAM', 'NOISE_K', 'SKY', 'OBSERVED', 'OH_LINES', 'OH_STRENGTH',
-           'PSF_FWHM', 'DEPTH', 'NOISE_PAIR', 'SKY_EQUAL', 'N_PSF', 'STAR_COLOURS', 'LINES_KEPT', 'find_grids',
-           'rebin_density', 'mean_over_age_bins', 'reduce_templates', 'old_star_factor', 'load_templates',
+           'VOLUME_SCALE', 'SOFTENING', 'FIBRE_HALF', 'NOISE_LAM', 'NOISE_K', 'SKY', 'OBSERVED', 'OH_LINES',
+           'OH_STRENGTH', 'PSF_FWHM', 'DEPTH', 'NOISE_PAIR', 'SKY_EQUAL', 'N_PSF', 'STAR_COLOURS', 'LINES_KEPT',
+           'find_grids', 'rebin_density', 'mean_over_age_bins', 'reduce_templates', 'old_star_factor', 'load_templates',
            'filter_curves', 'filter_weights', 'luminosity_distance', 'screen', 'milky_way', 'line_ratios', 'draw_lines',
            'draw_mass', 'draw_kind', 'draw_sfr', 'delayed_tau', 'star_formation_history', 'metal_weights', 'gas_state',
            'nuclear_state', 'draw_dust', 'draw_structure', 'component_masses', 'component_light', 'add_nucleus',
@@ -571,6 +571,8 @@ def sersic_norm(n):                 # total flux of exp(-b_n x^(1/n)) over the p
     return b, 2 * np.pi * n * gamma_function(2 * n) / b ** (2 * n)
 
 # %% ../../nbs/05_data.mock.ipynb #3f0b8a48
+SOFTENING = 0.017                                                     # arcsec: makes the sample at the very centre the mean of its sub-pixel
+
 def smooth_maps(
     s,                              # structure: angles in rad, `arcsec_per_kpc` set
     x, y,                           # arcsec from the galaxy's centre (east left is x decreasing to the left: image axes)
@@ -584,7 +586,7 @@ def smooth_maps(
     n, re = s["sersic_n"], s["bulge_kpc"] * k
     b, norm = sersic_norm(n)
     q = s["bulge_q"]
-    out[0] = np.exp(-b * ((u * u + (v / q) ** 2 + 1e-8) ** (0.5 / n) / re ** (1 / n))) / (norm * re * re * q)
+    out[0] = np.exp(-b * ((u * u + (v / q) ** 2 + SOFTENING**2) ** (0.5 / n) / re ** (1 / n))) / (norm * re * re * q)
     h, ci = s["disc_h_kpc"] * k, np.cos(s["inclination"])
     q = np.sqrt(ci**2 + 0.2**2 * (1 - ci**2))
     vq = v / q
