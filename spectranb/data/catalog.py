@@ -134,9 +134,10 @@ def read_catalog(
     "Read a catalogue of this library."
     path = Path(path)
     if path.suffix != ".parquet": return check_catalog(_read_csv(path))
-    try: return check_catalog(pd.read_parquet(path))
+    try: table = pd.read_parquet(path)
     except FileNotFoundError: raise BadInput(path, "is not there", "Check the path.") from None
-    except OSError as e: raise BadInput(path, f"is not a readable parquet file ({str(e).splitlines()[0]})", "Fetch or write it again.") from None
+    except (ValueError, OSError) as e: raise BadInput(path, f"is not a readable parquet file ({str(e).splitlines()[0]})", "Fetch or write it again.") from None
+    return check_catalog(table)
 
 # %% ../../nbs/01_data.catalog.ipynb #379f077a
 def read_published_csv(

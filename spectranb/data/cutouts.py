@@ -32,7 +32,7 @@ def calibrate(
     values = np.asarray(values, float)
     if bsoften is not None: values = (boffset or 0.0) + 2 * bsoften * np.sinh(values / 1.0857362)
     flux = values / exptime * 10 ** (-0.4 * (zero_point - 22.5))
-    return np.where(np.isfinite(flux), flux, np.nan).astype(np.float32)
+    return np.where(np.abs(flux) < np.finfo(np.float32).max, flux, np.nan).astype(np.float32)
 
 # %% ../../nbs/02_data.cutouts.ipynb #bced2e36
 @dataclass(repr=False)
@@ -127,18 +127,22 @@ def _wcs_of(header):
     return wcs if wcs.has_celestial else None
 
 # %% ../../nbs/02_data.cutouts.ipynb #830dbc53
+def _number(header, card):
+    "A card as a number, None where it is absent, a string (many cards hold the string 'NaN') or not finite."
+    value = header.get(card)
+    return float(value) if isinstance(value, (int, float)) and np.isfinite(value) else None
+
 def _read_band(path, band):
     "One file: band, nanomaggies, WCS and what to remember of the header; `band` is what the caller believes it is."
     values, header = _read_fits(path)
-    found = band_of(header)
+    try: found, skycell, n = band_of(header), str(header.get("SKYCELL", "")), {c: _number(header, c) for c in ("EXPTIME", "FPA.ZP", "BOFFSET", "BSOFTEN")}
+    except fits.VerifyError as e: raise BadInput(path, f"has a damaged header ({e})", "Fetch it again.") from None
     if band and found and band != found: raise BadInput(path, f"is a {found} image, given as {band}", "Swap the files.")
     if not (band := band or found): raise BadInput(path, "its header names no grizy band", "Give a dict {'g': path, …}.")
-    exptime = header.get("EXPTIME")
-    if not isinstance(exptime, (int, float)) or not exptime > 0: raise BadInput(path, f"EXPTIME is {exptime}", "Without it counts cannot be calibrated.")
-    zero_point = header.get("FPA.ZP", 25.0)
-    zero_point = float(zero_point) if isinstance(zero_point, (int, float)) else 25.0
-    flux = calibrate(values, exptime, zero_point, header.get("BOFFSET"), header.get("BSOFTEN"))
-    return band, flux, _wcs_of(header), dict(exptime=float(exptime), zero_point=zero_point, skycell=str(header.get("SKYCELL", "")), file=Path(path).name)
+    exptime, zero_point = n["EXPTIME"], 25.0 if n["FPA.ZP"] is None else n["FPA.ZP"]
+    if not (exptime and exptime > 0): raise BadInput(path, f"EXPTIME is {exptime}", "Without it counts cannot be calibrated.")
+    flux = calibrate(values, exptime, zero_point, n["BOFFSET"], n["BSOFTEN"])
+    return band, flux, _wcs_of(header), dict(exptime=exptime, zero_point=zero_point, skycell=skycell, file=Path(path).name)
 
 # %% ../../nbs/02_data.cutouts.ipynb #eb987652
 def _check_grids(grids, name, shape):
