@@ -468,6 +468,7 @@ def command_sync(args):
 # %% ../nbs/90_dev.ipynb #89d70752
 def command_test(args):
     "sync check, nbdev_test of every notebook, pytest; the last line is the count"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))                   # killed: let `run_tests` stop what it started
     counts = run_tests(project_root(), args.flags, args.jobs)
     print(count_line(counts))
     return int(counts["failed"] > 0)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,21 @@ def test_tests_are_counted(project):
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == "3 passed, 3 failed, 1 skipped"   # sync: not clean
 
 
+def test_a_killed_test_run_leaves_nothing_running(project):
+    mark = project / "alive"
+    write(project / "nbs/01_long.ipynb", code(f"import time\nwhile True: open({str(mark)!r}, 'a').write('.'); time.sleep(0.05)", id="a"))
+    run = subprocess.Popen([sys.executable, "-m", "spectranb.dev", "test", "--jobs", "4"], cwd=project, stdout=subprocess.DEVNULL,
+                           env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    for _ in range(600):
+        if mark.exists(): break
+        time.sleep(0.1)
+    run.terminate()
+    assert run.wait(60) == 1
+    size = mark.stat().st_size
+    time.sleep(0.5)
+    assert mark.stat().st_size == size > 0
+
+
 # Without the development tools
 
 def test_dev_without_its_tools_says_what_to_install():
@@ -183,6 +199,13 @@ def test_versions_agree():
 def test_every_notebook_is_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     assert [p.name for p in notebooks(ROOT) if p.name != SETTINGS["readme_nb"] and f"(nbs/{p.name})" not in readme] == []
+
+
+def test_every_notebook_has_a_title_and_a_subtitle_of_one_line():
+    "nbdev takes the page's title and description from the first cell, and only this form of it."
+    for path in notebooks(ROOT):
+        first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+        assert first["cell_type"] == "markdown" and re.fullmatch(r"# .+\n+> .+\n?", "".join(first["source"])), path.name
 
 
 DISTRIBUTION = dict(sklearn="scikit-learn")                                # where the import has another name
@@ -211,8 +234,10 @@ def test_pins_are_within_the_requirements():
 # make
 
 def make(*args, path):
-    return subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", *args], text=True, capture_output=True,
-                          env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))} | dict(PATH=path))
+    "Run make as from a shell with this search path, also where the tests themselves were started by make PYTHON=…"
+    inherited = ("MAKE", "MFLAGS", "PYTHON", "VENV", "LATEST", "TORCH")
+    return subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", *args], text=True, capture_output=True, timeout=60,
+                          env={k: v for k, v in os.environ.items() if not k.startswith(inherited)} | dict(PATH=path))
 
 
 def program(path, text):
