@@ -27,7 +27,8 @@ def run2d_number(
     if version := re.fullmatch(r"v(\d+)_(\d+)_(\d+)", text):
         number, minor, patch = map(int, version.groups())
         return (number - 5) * 10000 + minor * 100 + patch
-    raise BadInput(run2d, "is not a version of the SDSS reduction", "Expected a number such as 26, or vN_M_P such as v5_13_2.")
+    raise BadInput(run2d, "is not a version of the SDSS reduction",
+                   "Expected a number such as 26, or vN_M_P such as v5_13_2.")
 
 # %% ../../nbs/01_data.catalog.ipynb #cb3598f2
 _FIELDS = dict(plate=(14, 50), fiberid=(12, 38), mjd=(14, 24), run2d=(14, 10))   # bits, and where they begin
@@ -41,11 +42,13 @@ def specobjid_encode(
     "The specObjID of one spectrum or of many, as text. `BadInput` where a number does not fit its bits."
     versions, where = np.unique(np.asarray(run2d, dtype=str), return_inverse=True)
     runs = np.array([run2d_number(v) for v in versions])[where].reshape(np.shape(run2d))
-    values = dict(plate=np.asarray(plate, np.int64), fiberid=np.asarray(fiberid, np.int64), mjd=np.asarray(mjd, np.int64) - 50000, run2d=runs)
+    values = dict(plate=np.asarray(plate, np.int64), fiberid=np.asarray(fiberid, np.int64),
+                  mjd=np.asarray(mjd, np.int64) - 50000, run2d=runs)
     packed = np.uint64(0)
     for name, (bits, shift) in _FIELDS.items():
         v = values[name]
-        if np.any((v < 0) | (v >= 1 << bits)): raise BadInput(f"{plate}-{mjd}-{fiberid}", f"{name} does not fit into a specObjID")
+        if np.any((v < 0) | (v >= 1 << bits)):
+            raise BadInput(f"{plate}-{mjd}-{fiberid}", f"{name} does not fit into a specObjID")
         packed = packed | (v.astype(np.uint64) << np.uint64(shift))
     return str(packed) if np.ndim(packed) == 0 else packed.astype("U20").astype(object)
 
@@ -53,7 +56,8 @@ def specobjid_encode(
 def _check_id(text):
     "The integer of an id of SDSS-I to IV, or `BadInput`."
     if text.isdigit() and int(text) < 1 << 64 and int(text) % 1024 == 0: return int(text)
-    raise BadInput(text, "is not a specObjID of SDSS-I to IV", "Ids written as 2.99E+17 are lost: take the table from its source.")
+    raise BadInput(text, "is not a specObjID of SDSS-I to IV",
+                   "Ids written as 2.99E+17 are lost: take the table from its source.")
 
 def specobjid_decode(
     object_id,                      # decimal digits: one, or a sequence
@@ -61,7 +65,8 @@ def specobjid_decode(
     "Unpack specObjIDs. `BadInput` for anything but 64-bit ids of SDSS-I to IV."
     one = isinstance(object_id, str)
     packed = np.array([_check_id(str(i).strip()) for i in ([object_id] if one else object_id)], np.uint64)
-    out = {name: (packed >> np.uint64(shift) & np.uint64((1 << bits) - 1)).astype(np.int64) for name, (bits, shift) in _FIELDS.items()}
+    field = lambda bits, shift: (packed >> np.uint64(shift) & np.uint64((1 << bits) - 1)).astype(np.int64)
+    out = {name: field(*where) for name, where in _FIELDS.items()}
     version = lambda n: str(n) if str(n) in LEGACY_RUN2D else f"v{5 + n // 10000}_{n // 100 % 100}_{n % 100}"
     numbers, where = np.unique(out["run2d"], return_inverse=True)
     table = pd.DataFrame(dict(plate=out["plate"], mjd=out["mjd"] + 50000, fiberid=out["fiberid"],
@@ -79,10 +84,14 @@ def rejects_table(
 def _text_ids(ids):
     "A column of ids as text; `BadInput` for floats and for digits in exponential notation."
     ids = pd.Series(ids)
-    if pd.api.types.is_float_dtype(ids): raise BadInput("object_id", "was read as floating-point numbers, which keep 53 of 64 bits", "Read the column as text.")
+    if pd.api.types.is_float_dtype(ids):
+        raise BadInput("object_id", "was read as floating-point numbers, which keep 53 of 64 bits",
+                       "Read the column as text.")
     ids = ids.astype("str").str.strip()
     lost = ids.str.fullmatch(r"\d+\.\d*([eE][+]?\d+)?|\d+[eE][+]?\d+") | ids.isin(["", "nan", "None", "<NA>"]) | ids.isna()
-    if lost.any(): raise BadInput("object_id", f"holds {ids[lost].iloc[0]!r} in row {lost.argmax()}, which is not an id", "Take the table from its source.")
+    if lost.any():
+        raise BadInput("object_id", f"holds {ids[lost].iloc[0]!r} in row {lost.argmax()}, which is not an id",
+                       "Take the table from its source.")
     return ids
 
 # %% ../../nbs/01_data.catalog.ipynb #d3790676
@@ -94,16 +103,21 @@ def check_catalog(
 ):                                  # a copy with the types of the table above
     "Bring a catalogue into its form. `BadInput` names the column that cannot be."
     out = catalog.reset_index(drop=True).copy()
-    if missing := [c for c in ("object_id", "ra", "dec") if c not in out]: raise BadInput("catalogue", f"lacks the columns {missing}")
+    if missing := [c for c in ("object_id", "ra", "dec") if c not in out]:
+        raise BadInput("catalogue", f"lacks the columns {missing}")
     out["object_id"] = _text_ids(out["object_id"])
     for name in out.columns.intersection(list(_TYPES)):
         try: out[name] = out[name].astype(_TYPES[name])
-        except (ValueError, TypeError) as e: raise BadInput(name, f"cannot be {_TYPES[name]} ({str(e).splitlines()[0]})", "Look at the column's values.") from None
+        except (ValueError, TypeError) as e:
+            raise BadInput(name, f"cannot be {_TYPES[name]} ({str(e).splitlines()[0]})",
+                           "Look at the column's values.") from None
     if "run2d" in out: out["run2d"] = out["run2d"].str.strip().str.removesuffix(".0")
     if "spec_class" in out: out["spec_class"] = out["spec_class"].str.strip().str.upper()
     out["ra"] = out["ra"] % 360
     off = ~(out["ra"].between(0, 360) & out["dec"].between(-90, 90))
-    if off.any(): raise BadInput(out["object_id"][off.argmax()], f"is at RA {out['ra'][off.argmax()]}, Dec {out['dec'][off.argmax()]}, which is not on the sky")
+    if off.any():
+        bad = out.loc[off.idxmax()]
+        raise BadInput(bad["object_id"], f"is at RA {bad['ra']}, Dec {bad['dec']}, which is not on the sky")
     _check_packed(out)
     return out
 
@@ -116,7 +130,8 @@ def _check_packed(catalog):
     wrong = specobjid_encode(some["plate"], some["mjd"], some["fiberid"], some["run2d"]) != some["object_id"].to_numpy(object)
     if wrong.any():
         bad = some[wrong].iloc[0]
-        raise BadInput(bad["object_id"], f"is not the id of {bad['plate']}-{bad['mjd']}-{bad['fiberid']}, run2d {bad['run2d']}", "Take id and run2d from one data release.")
+        raise BadInput(bad["object_id"], f"is not the id of {bad['plate']}-{bad['mjd']}-{bad['fiberid']}, run2d {bad['run2d']}",
+                       "Take id and run2d from one data release.")
 
 # %% ../../nbs/01_data.catalog.ipynb #620f13e1
 def _read_csv(path, **kwargs):
@@ -124,9 +139,11 @@ def _read_csv(path, **kwargs):
     path = Path(path)
     try:
         names = pd.read_csv(path, nrows=0).columns
-        return pd.read_csv(path, dtype={n: "str" for n in names if n.strip().lower() in ("object_id", "specobjid", "run2d")}, **kwargs)
+        text = {n: "str" for n in names if n.strip().lstrip("#").strip().lower() in ("object_id", "specobjid", "run2d")}
+        return pd.read_csv(path, dtype=text, **kwargs)
     except FileNotFoundError: raise BadInput(path, "is not there", "Check the path.") from None
-    except (ValueError, UnicodeDecodeError, OSError) as e: raise BadInput(path, f"is not a readable CSV ({str(e).splitlines()[0]})", "Look at the file.") from None
+    except (ValueError, UnicodeDecodeError, OSError) as e:
+        raise BadInput(path, f"is not a readable CSV ({str(e).splitlines()[0]})", "Look at the file.") from None
 
 def read_catalog(
     path,                           # a parquet or CSV file with the columns of the table above
@@ -136,7 +153,9 @@ def read_catalog(
     if path.suffix != ".parquet": return check_catalog(_read_csv(path))
     try: table = pd.read_parquet(path)
     except FileNotFoundError: raise BadInput(path, "is not there", "Check the path.") from None
-    except (ValueError, OSError) as e: raise BadInput(path, f"is not a readable parquet file ({str(e).splitlines()[0]})", "Fetch or write it again.") from None
+    except (ValueError, OSError) as e:
+        raise BadInput(path, f"is not a readable parquet file ({str(e).splitlines()[0]})",
+                       "Fetch or write it again.") from None
     return check_catalog(table)
 
 # %% ../../nbs/01_data.catalog.ipynb #379f077a
@@ -147,10 +166,13 @@ def read_published_csv(
     table = _read_csv(path).rename(columns=lambda c: c.strip().lstrip("#").strip())
     names = {c.lower(): c for c in table.columns}
     want = dict(specobjid="object_id", ra="ra", dec="dec", primtarget="primtarget", **{f"vae{i}": f"VAE{i}" for i in range(1, 7)})
-    if missing := [w for w in want if w not in names]: raise BadInput(path, f"lacks the columns {missing}", "Expected SpecObjID, ra, dec, primTarget, VAE1…VAE6.")
+    if missing := [w for w in want if w not in names]:
+        raise BadInput(path, f"lacks the columns {missing}", "Expected SpecObjID, ra, dec, primTarget, VAE1…VAE6.")
     table = check_catalog(table.rename(columns={names[k]: v for k, v in want.items()})[list(want.values())])
     try: return table.astype(dict(primtarget="int64", **{f"VAE{i}": "float32" for i in range(1, 7)}))
-    except (ValueError, TypeError) as e: raise BadInput(path, f"holds what is not a number ({str(e).splitlines()[0]})", "Look at primTarget and VAE1…VAE6.") from None
+    except (ValueError, TypeError) as e:
+        raise BadInput(path, f"holds what is not a number ({str(e).splitlines()[0]})",
+                       "Look at primTarget and VAE1…VAE6.") from None
 
 # %% ../../nbs/01_data.catalog.ipynb #8befb00c
 MAIN_GALAXY_BITS = 64 | 128 | 256                                    # GALAXY, GALAXY_BIG, GALAXY_BRIGHT_CORE

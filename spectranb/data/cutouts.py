@@ -55,8 +55,11 @@ class Cutout:
     def _centre(self):              # degrees, of pixel index (W//2, H//2), where the target stands
         if self.wcs is None: return np.nan, np.nan
         return tuple(float(v) for v in self.wcs.wcs_pix2world(self.data.shape[2] // 2, self.data.shape[1] // 2, 0))
-    def __array__(self, dtype=None, copy=None): return np.array(self.data, dtype=dtype, copy=copy if copy is not None else dtype is not None)
-    def __repr__(self): return f"Cutout({self.name}: {''.join(self.bands_present)}, {self.data.shape[2]} × {self.data.shape[1]} px of {self.pixel_scale:.2f}″)"
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.data, dtype=dtype, copy=dtype is not None if copy is None else copy)
+    def __repr__(self):
+        height, width = self.data.shape[1:]
+        return f"Cutout({self.name}: {''.join(self.bands_present)}, {width} × {height} px of {self.pixel_scale:.2f}″)"
     def show(self, **kwargs): return show_cutouts([self], [self.name], **kwargs)
 
 # %% ../../nbs/02_data.cutouts.ipynb #e43ab48f
@@ -103,10 +106,12 @@ def _read_fits(path):
                 images = [(np.asarray(h.data), h.header) for h in hdus if h.is_image and h.header.get("NAXIS", 0) > 0]
     except FileNotFoundError: raise BadInput(path, "is not there", "Check the path, or fetch the file.") from None
     except Exception as e:                                           # astropy meets a damaged file in many ways
-        raise BadInput(path, f"is not a readable FITS file ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})", "Fetch it again.") from None
+        raise BadInput(path, f"is not a readable FITS file ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})",
+                       "Fetch it again.") from None
     if not images: raise BadInput(path, "holds no image", "Fetch it again: the archive may have sent an error instead.")
     flat = [(data, header) for data, header in images if data.ndim == 2 and data.size]
-    if not flat: raise BadInput(path, f"its image has shape {images[0][0].shape}, not two dimensions", "Give one file a band.")
+    if not flat:
+        raise BadInput(path, f"its image has shape {images[0][0].shape}, not two dimensions", "Give one file a band.")
     return flat[0]
 
 # %% ../../nbs/02_data.cutouts.ipynb #289a19a9
@@ -118,6 +123,7 @@ def band_of(
         name = str(header.get(card, "")).strip().lower()
         if name and name[0] in BANDS and (len(name) == 1 or name[1] in ".,_ "): return name[0]
 
+# %% ../../nbs/02_data.cutouts.ipynb #707f0daf
 def _wcs_of(header):
     "The celestial WCS of a header, None if it has none."
     with warnings.catch_warnings():
@@ -126,7 +132,7 @@ def _wcs_of(header):
         except Exception: return None
     return wcs if wcs.has_celestial else None
 
-# %% ../../nbs/02_data.cutouts.ipynb #830dbc53
+# %% ../../nbs/02_data.cutouts.ipynb #83db87a4
 def _number(header, card):
     "A card as a number, None where it is absent, a string (many cards hold the string 'NaN') or not finite."
     value = header.get(card)
@@ -135,12 +141,15 @@ def _number(header, card):
 def _read_band(path, band):
     "One file: band, nanomaggies, WCS and what to remember of the header; `band` is what the caller believes it is."
     values, header = _read_fits(path)
-    try: found, skycell, n = band_of(header), str(header.get("SKYCELL", "")), {c: _number(header, c) for c in ("EXPTIME", "FPA.ZP", "BOFFSET", "BSOFTEN")}
+    try:
+        found, skycell = band_of(header), str(header.get("SKYCELL", ""))
+        n = {card: _number(header, card) for card in ("EXPTIME", "FPA.ZP", "BOFFSET", "BSOFTEN")}
     except fits.VerifyError as e: raise BadInput(path, f"has a damaged header ({e})", "Fetch it again.") from None
     if band and found and band != found: raise BadInput(path, f"is a {found} image, given as {band}", "Swap the files.")
     if not (band := band or found): raise BadInput(path, "its header names no grizy band", "Give a dict {'g': path, …}.")
     exptime, zero_point = n["EXPTIME"], 25.0 if n["FPA.ZP"] is None else n["FPA.ZP"]
-    if not (exptime and exptime > 0): raise BadInput(path, f"EXPTIME is {exptime}", "Without it counts cannot be calibrated.")
+    if not (exptime and exptime > 0):
+        raise BadInput(path, f"EXPTIME is {exptime}", "Without it counts cannot be calibrated.")
     flux = calibrate(values, exptime, zero_point, n["BOFFSET"], n["BSOFTEN"])
     return band, flux, _wcs_of(header), dict(exptime=exptime, zero_point=zero_point, skycell=skycell, file=Path(path).name)
 
@@ -153,10 +162,14 @@ def _check_grids(grids, name, shape):
     (first, wcs), *others = known.items()
     for band, other in others:
         apart = np.abs(wcs.wcs_world2pix(other.wcs_pix2world(corners, 0), 0) - corners).max()
-        if not apart < 0.1: raise BadInput(name, f"bands {first} and {band} are on grids {apart:.1f} pixels apart", "Cut all bands at one position.")
+        if not apart < 0.1:
+            raise BadInput(name, f"bands {first} and {band} are on grids {apart:.1f} pixels apart",
+                           "Cut all bands at one position.")
     scale = proj_plane_pixel_scales(wcs).mean() * 3600
-    if abs(scale / PIXEL_SCALE - 1) > 0.02: raise BadInput(name, f"its pixels are {scale:.3f}″, not {PIXEL_SCALE}″", "Resample it first.")
-    if np.linalg.det(wcs.pixel_scale_matrix) > 0: raise BadInput(name, "its sky is mirrored (east is right)", "Flip it first.")
+    if abs(scale / PIXEL_SCALE - 1) > 0.02:
+        raise BadInput(name, f"its pixels are {scale:.3f}″, not {PIXEL_SCALE}″", "Resample it first.")
+    if np.linalg.det(wcs.pixel_scale_matrix) > 0:
+        raise BadInput(name, "its sky is mirrored (east is right)", "Flip it first.")
     return wcs
 
 # %% ../../nbs/02_data.cutouts.ipynb #7712b022
@@ -166,20 +179,26 @@ def read_cutout(
     name=None,                      # what to call the object; None: the first file's name
 )->Cutout:
     "Read, calibrate and stack FITS cutouts; a missing band is NaN and flagged. `BadInput` says what is wrong with which file."
-    pairs = list(files.items()) if isinstance(files, dict) else [(None, f) for f in ([files] if isinstance(files, (str, Path)) else files)]
+    if isinstance(files, (str, Path)): files = [files]
+    pairs = list(files.items()) if isinstance(files, dict) else [(None, f) for f in files]
     if not pairs: raise BadInput(name or "cutout", "no files given", "Give at least one band.")
     name = name or Path(pairs[0][1]).stem
-    if unknown := [b for b, _ in pairs if b not in (None, *BANDS)]: raise BadInput(name, f"{unknown[0]} is not one of the bands {''.join(BANDS)}")
+    if unknown := [b for b, _ in pairs if b not in (None, *BANDS)]:
+        raise BadInput(name, f"{unknown[0]} is not one of the bands {''.join(BANDS)}")
     images, grids, header = {}, {}, {}
     for band, path in pairs:
         band, flux, wcs, kept = _read_band(path, band)
-        if band in images: raise BadInput(path, f"band {band} occurs twice, here and in {header[band]['file']}", "Give one file a band.")
+        if band in images:
+            raise BadInput(path, f"band {band} occurs twice, here and in {header[band]['file']}", "Give one file a band.")
         images[band], grids[band], header[band] = flux, wcs, kept
     shapes = {b: i.shape for b, i in images.items()}
     if len(set(shapes.values())) > 1: raise BadInput(name, f"bands differ in shape: {shapes}", "Cut all bands to one size.")
     shape = next(iter(shapes.values()))
-    if shape[0] != shape[1] and size is None: raise BadInput(name, f"is {shape[1]} × {shape[0]} pixels, not square", "Give `size` to crop or pad it about its middle.")
-    if not any(np.isfinite(i).any() for i in images.values()): raise BadInput(name, "is NaN everywhere", "The position may lie outside the survey: leave it out.")
+    if shape[0] != shape[1] and size is None:
+        raise BadInput(name, f"is {shape[1]} × {shape[0]} pixels, not square",
+                       "Give `size` to crop or pad it about its middle.")
+    if not any(np.isfinite(i).any() for i in images.values()):
+        raise BadInput(name, "is NaN everywhere", "The position may lie outside the survey: leave it out.")
     data = np.stack([images.get(b, np.full(shape, np.nan, np.float32)) for b in BANDS])
     cutout = Cutout(data, name, _check_grids(grids, name, shape), header=header)
     cutout.flags = check_cutout(cutout)
@@ -194,7 +213,8 @@ def read_cutouts(
     cutouts, errors = [], []
     for name, files in objects.items():
         try: cutouts.append(read_cutout(files, size, name))
-        except BadInput as e: errors.append(BadInput(name, str(e) if e.name != name else e.what, e.remedy if e.name == name else ""))
+        except BadInput as e:                                        # a complaint about a file: say of which object
+            errors.append(e if e.name == name else BadInput(name, f"{e.name}: {e.what}", e.remedy))
     return cutouts, rejects_table(errors)
 
 # %% ../../nbs/02_data.cutouts.ipynb #9bcda924
@@ -216,7 +236,7 @@ def lupton_rgb(
     rgb[np.isnan([images[b] for b in used]).any(axis=0)] = 128
     return rgb
 
-# %% ../../nbs/02_data.cutouts.ipynb #1c7cf8b7
+# %% ../../nbs/02_data.cutouts.ipynb #47360c53
 def show_cutouts(
     cutouts,                        # `Cutout`s, or (N, 5, H, W) nanomaggies
     titles=None,                    # one for each
@@ -228,7 +248,8 @@ def show_cutouts(
     import matplotlib.pyplot as plt
     n_cols = min(n_cols, len(cutouts))
     n_rows = -(-len(cutouts) // n_cols)
-    fig, axes = plt.subplots(n_rows, n_cols, figsize=(width * n_cols, (width + 0.25 * bool(titles is not None)) * n_rows), squeeze=False, layout="constrained")
+    height = width + 0.25 * (titles is not None)
+    fig, axes = plt.subplots(n_rows, n_cols, figsize=(width * n_cols, height * n_rows), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for k, (ax, cutout) in enumerate(zip(axes.flat, cutouts)):
         ax.imshow(lupton_rgb(cutout, **kwargs), origin="lower", interpolation="nearest")

@@ -83,7 +83,8 @@ def _object_id(row, name, plate, mjd, fiberid, run2d):
     packed = specobjid_encode(plate, mjd, fiberid, run2d)
     signed = str(int(packed) - (1 << 64)) if int(packed) >= 1 << 63 else packed      # an id that overflowed int64
     if stored not in (packed, signed, "", "0"):
-        raise BadInput(name, f"its specObjID {stored} does not belong to {plate}-{mjd}-{fiberid} of run2d {run2d}", "Fetch the file again.")
+        raise BadInput(name, f"its specObjID {stored} does not belong to {plate}-{mjd}-{fiberid} of run2d {run2d}",
+                       "Fetch the file again.")
     return packed
 
 # %% ../../nbs/03_data.spectra.ipynb #afff1c5f
@@ -92,8 +93,8 @@ def _parse_spectrum(hdus, name):
     pixels, row = _Columns(_hdu(hdus, ("COADD",), 1)), _Columns(_hdu(hdus, ("SPECOBJ", "SPALL"), 2))
     header = hdus[0].header
     first = lambda *names: row[names][0]
-    where = dict(plate=int(first("PLATE", "FIELD")), mjd=int(first("MJD")), fiberid=int(first("FIBERID", "FIBER")) if "FIBERID" in row or "FIBER" in row else 0,
-                 run2d=str(first("RUN2D")).strip())
+    where = dict(plate=int(first("PLATE", "FIELD")), mjd=int(first("MJD")), run2d=str(first("RUN2D")).strip(),
+                 fiberid=int(first("FIBERID")) if "FIBERID" in row else 0)          # SDSS-V has no fibre number
     if not len(pixels["FLUX"]): raise BadInput(name, "has no pixels", "Fetch the file again.")
     blank = np.zeros(len(pixels["FLUX"]), np.float32)
     return SDSSSpectrum(name=name, flux=pixels["FLUX"], ivar=pixels["IVAR"], and_mask=pixels["AND_MASK"].astype(np.uint32),
@@ -118,7 +119,8 @@ def read_sdss_spectrum(
     except BadInput: raise
     except FileNotFoundError: raise BadInput(path, "is not there", "Check the path, or fetch the file.") from None
     except Exception as e:                                           # astropy meets a damaged file in many ways
-        raise BadInput(path, f"is not a readable SDSS spectrum ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})", "Fetch the file again.") from None
+        raise BadInput(path, f"is not a readable SDSS spectrum ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})",
+                       "Fetch the file again.") from None
 
 # %% ../../nbs/03_data.spectra.ipynb #63206ebc
 BAD_PIXEL_BITS = (18, 22, 25, 26, 28)      # FULLREJECT, NOSKY, COMBINEREJ, BADFLUXFACTOR, REDMONSTER
@@ -178,7 +180,8 @@ def rebin_to_rest(
     out = np.zeros((2, len(flux), N_WAVE), dtype)
     for i in range(0, len(flux), 256):                               # a few MB at a time, whatever N
         s = slice(i, i + 256)
-        out[0, s], out[1, s] = _rebin(flux[s].astype(float), ivar[s].astype(float), edges, REST_EDGES * (1 + redshift[s, None]), min_cover)
+        bin_edges = REST_EDGES * (1 + redshift[s, None])
+        out[0, s], out[1, s] = _rebin(flux[s].astype(float), ivar[s].astype(float), edges, bin_edges, min_cover)
     return out[0], out[1]
 
 # %% ../../nbs/03_data.spectra.ipynb #d04013df
@@ -200,20 +203,25 @@ def zwarning_text(
     zwarning:int,                   # ZWARNING
 )->str:                             # what its bits mean
     "ZWARNING in words."
-    return ", ".join(ZWARNING_BITS[b] if b < len(ZWARNING_BITS) else f"bit {b}" for b in range(32) if int(zwarning) >> b & 1) or "none"
+    bits = [b for b in range(32) if int(zwarning) >> b & 1]
+    return ", ".join(ZWARNING_BITS[b] if b < len(ZWARNING_BITS) else f"bit {b}" for b in bits) or "none"
 
-# %% ../../nbs/03_data.spectra.ipynb #23942f88
+# %% ../../nbs/03_data.spectra.ipynb #5aea9aed
 def check_galaxy(
     spectrum:SDSSSpectrum,
     z_range=(0.0, 0.36),            # redshifts accepted: above the first, up to the second
 )->SDSSSpectrum:                    # the same spectrum
     "Raise `BadInput` with the reason if this is not a galaxy with a trusted redshift and data on the rest-frame grid."
     s, drop = spectrum, "Leave it out."
-    if not np.isfinite(s.flux).any(): raise BadInput(s.name, "its flux is NaN everywhere", "Fetch the file again, or leave it out.")
+    if not np.isfinite(s.flux).any():
+        raise BadInput(s.name, "its flux is NaN everywhere", "Fetch the file again, or leave it out.")
     if not (s.ivar > 0).any(): raise BadInput(s.name, "its ivar is 0 everywhere: no pixel holds data", drop)
     if s.spec_class != "GALAXY": raise BadInput(s.name, f"it is a {s.spec_class} (z = {s.redshift:.4f}), not a galaxy", drop)
-    if s.zwarning: raise BadInput(s.name, f"ZWARNING is {s.zwarning} ({zwarning_text(s.zwarning)}), so z = {s.redshift:.4f} is not to be trusted", drop)
-    if not z_range[0] < s.redshift <= z_range[1]: raise BadInput(s.name, f"z = {s.redshift:.4f} is outside {z_range[0]} to {z_range[1]}", drop)
+    if s.zwarning:
+        why = f"ZWARNING is {s.zwarning} ({zwarning_text(s.zwarning)}), so z = {s.redshift:.4f} is not to be trusted"
+        raise BadInput(s.name, why, drop)
+    if not z_range[0] < s.redshift <= z_range[1]:
+        raise BadInput(s.name, f"z = {s.redshift:.4f} is outside {z_range[0]} to {z_range[1]}", drop)
     if not (to_rest_frame(s)[1] > 0).any(): raise BadInput(s.name, "no good pixel falls on the rest-frame grid", drop)
     return spectrum
 
@@ -240,7 +248,8 @@ def _label_lines(ax, redshift, colour="0.55"):
     shown = [(name, lam * (1 + redshift)) for name, lam in LINES.items() if low < lam * (1 + redshift) < high]
     for i, (name, lam) in enumerate(shown):
         ax.axvline(lam, color=colour, lw=0.5, ls=":", zorder=0)
-        ax.text(lam, 0.99 - 0.08 * (i % 2), name, transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=7, color="0.3")
+        ax.text(lam, 0.99 - 0.08 * (i % 2), name, transform=ax.get_xaxis_transform(), ha="center", va="top",
+                fontsize=7, color="0.3")
 
 # %% ../../nbs/03_data.spectra.ipynb #2d3cc90d
 def show_spectrum(
@@ -255,7 +264,8 @@ def show_spectrum(
     "Plot a spectrum with its ±1σ band and the names of its lines."
     import matplotlib.pyplot as plt
     unit = isinstance(spectrum, SDSSSpectrum)
-    if unit and frame == "observed": x, flux, ivar, z = 10 ** spectrum.loglam, spectrum.flux, masked_ivar(spectrum), spectrum.redshift
+    if unit and frame == "observed":
+        x, flux, ivar, z = 10 ** spectrum.loglam, spectrum.flux, masked_ivar(spectrum), spectrum.redshift
     else: x, (flux, ivar), z = REST_WAVELENGTH, to_rest_frame(spectrum) if unit else (np.asarray(spectrum), ivar), 0.0
     good = np.isfinite(flux) if ivar is None else ivar > 0
     if ax is None: ax = plt.subplots(figsize=(9, 2.8), layout="constrained")[1]
@@ -269,7 +279,8 @@ def show_spectrum(
         ax.set_ylim(min(0, low) - 0.05 * (high - low), high + 0.35 * (high - low))
         ax.set_xlim(x[good][0], x[good][-1])
     if lines: _label_lines(ax, z)
-    ax.set(xlabel=f"{'observed' if z else 'rest'} wavelength [Å, vacuum]", ylabel="flux [1e-17 erg/s/cm²/Å]" if unit else "flux / norm")
+    ax.set(xlabel=f"{'observed' if z else 'rest'} wavelength [Å, vacuum]",
+           ylabel="flux [1e-17 erg/s/cm²/Å]" if unit else "flux / norm")
     return ax
 
 # %% ../../nbs/03_data.spectra.ipynb #509e24cc
@@ -285,10 +296,10 @@ class GapBasis:
     variance: np.ndarray            # (k,) variance of each coefficient over the sample
     @property
     def loadings(self): return np.sqrt(self.variance)[:, None] * self.components
-    def model(self, c): return c[:, :1] * self.mean + c[:, 1:] @ self.loadings      # c (n, 1 + k): amplitude, whitened coefficients
+    def model(self, c): return c[:, :1] * self.mean + c[:, 1:] @ self.loadings     # c: amplitude and whitened coefficients
 
 # %% ../../nbs/03_data.spectra.ipynb #112e5a46
-AMPLITUDE_PRIOR = 0.3                                                # σ of the coefficient of the mean, which is 1 for a correct norm
+AMPLITUDE_PRIOR = 0.3                                                # σ of the mean's coefficient, 1 for a correct norm
 
 def _coefficients(x, w, basis):
     "Coefficients (n, 1 + k) of mean and whitened loadings, and their covariances, for spectra (n, 1000) with weights."
@@ -338,7 +349,7 @@ def _expectation(flux, ivar, norm, basis):
     return w.T @ square[:, i, j].astype(np.float32), (w * x).T @ c.astype(np.float32), square.sum(0)
 
 # %% ../../nbs/03_data.spectra.ipynb #c661723c
-LOADING_PRIOR = 0.3                                                  # rms change of a bin by one component; spectra have mean square 1
+LOADING_PRIOR = 0.3                                                  # change of a bin of about 1 by one σ of a component
 
 def _maximisation(square, cross, moment, mean, n):
     "New basis from the sums of `_expectation` over all chunks."
@@ -385,7 +396,8 @@ def fit_gap_basis(
     from tqdm.auto import tqdm
     norm = _good_rms(flux, ivar)
     if not (norm > 0).all(): flux, ivar, norm = flux[norm > 0], ivar[norm > 0], norm[norm > 0]
-    if len(flux) < 2: raise BadInput("spectra", f"{len(flux)} with data cannot teach a basis", "Give more spectra, or a fitted basis.")
+    if len(flux) < 2:
+        raise BadInput("spectra", f"{len(flux)} with data cannot teach a basis", "Give more spectra, or a fitted basis.")
     basis = _first_basis(flux, ivar, norm, n_components)
     for _ in tqdm(range(n_iter), desc="gap basis", disable=not progress):
         sums = 0.0, 0.0, 0.0
@@ -411,8 +423,8 @@ def infill(
     flux,                           # (N, 1000) or (1000,), any scale
     ivar,                           # same shape, 0 = no data
     basis:GapBasis=None,            # None: learnt from these spectra if there are 100 or more, else straight lines
-):                                  # same shape and scale: flux where there are data, the bridge elsewhere; 0 for a spectrum without data
-    "Fill the bins without data."
+):                                  # same shape and scale: flux where there are data, the bridge elsewhere
+    "Fill the bins without data. A spectrum that has no data at all stays 0."
     one, flux, ivar = np.ndim(flux) == 1, np.atleast_2d(flux), np.atleast_2d(ivar)
     if basis is None and len(flux) >= MIN_FOR_BASIS: basis = fit_gap_basis(flux, ivar)
     out = np.zeros(flux.shape, np.result_type(flux.dtype, np.float32))

@@ -102,7 +102,8 @@ def _check_same(self:SurveyWriter):
     old = self.partial / "progress.json"
     if not old.exists() and (self.partial / "survey.json").exists(): return
     try: settings = json.loads(old.read_text())
-    except (OSError, ValueError): raise BadInput(old, "is missing or damaged", f"Remove {self.partial} and begin again.") from None
+    except (OSError, ValueError):
+        raise BadInput(old, "is missing or damaged", f"Remove {self.partial} and begin again.") from None
     for key, value in self.settings.items():
         if settings.get(key) != value:
             raise BadInput(self.partial, f"was begun with {key} = {settings.get(key)}, not {value}",
@@ -144,15 +145,19 @@ def _check_chunk(self:SurveyWriter, start, stop, rows, data):
     "Refuse a chunk that does not fit, before a byte of it is written."
     here = f"{self.path}, rows {start}-{stop}"
     if missing := [c for c in REQUIRED_COLUMNS if c not in rows]: raise BadInput(here, f"catalogue lacks {missing}")
-    if not all(isinstance(i, str) for i in rows["object_id"]): raise BadInput(here, "object_id is not text", "Never let an id pass through a number.")
+    if not all(isinstance(i, str) for i in rows["object_id"]):
+        raise BadInput(here, "object_id is not text", "Never let an id pass through a number.")
     if start < 0 or stop > self.n: raise BadInput(here, f"outside 0-{self.n}")
     for a, b in self.done():
-        if a < stop and start < b and (a, b) != (start, stop): raise BadInput(here, f"overlaps the chunk {a}-{b}", "Take chunks from todo().")
-    if data.keys() != self.layout.keys(): raise BadInput(here, f"arrays {sorted(data)} given, {sorted(self.layout)} expected")
+        if a < stop and start < b and (a, b) != (start, stop):
+            raise BadInput(here, f"overlaps the chunk {a}-{b}", "Take chunks from todo().")
+    if data.keys() != self.layout.keys():
+        raise BadInput(here, f"arrays {sorted(data)} given, {sorted(self.layout)} expected")
     for name, values in data.items():
         shape = (stop - start, *self.layout[name][1][1:])
         if np.shape(values) != shape: raise BadInput(here, f"{name} has shape {np.shape(values)}, not {shape}")
-        if name != "cutouts" and not np.isfinite(values).all(): raise BadInput(here, f"{name} is not finite everywhere", "Mark missing data by ivar = 0.")
+        if name != "cutouts" and not np.isfinite(values).all():
+            raise BadInput(here, f"{name} is not finite everywhere", "Mark missing data by ivar = 0.")
     if np.min(data["ivar"], initial=0) < 0: raise BadInput(here, "ivar is negative somewhere")
 
 # %% ../../nbs/04_data.survey.ipynb #0edf5f52
@@ -173,7 +178,8 @@ def write(self:SurveyWriter,
     self._check_chunk(start, stop, rows, data)
     for name, values in data.items(): _write_rows(self.partial / f"{name}.npy", start, values)
     for name, table in {**(tables or {}), "catalog": rows}.items():  # the catalogue last: it marks the chunk as done
-        if len(table) != len(rows): raise BadInput(self.path, f"table {name} has {len(table)} rows, the catalogue {len(rows)}")
+        if len(table) != len(rows):
+            raise BadInput(self.path, f"table {name} has {len(table)} rows, the catalogue {len(rows)}")
         with atomic_write(self.partial / "chunks" / f"{name}-{start:09d}-{stop:09d}.parquet") as tmp:
             table.to_parquet(tmp, index=False)
 
@@ -193,7 +199,8 @@ def _join_tables(self:SurveyWriter):
 @patch
 def finish(self:SurveyWriter):      # the `Survey`, opened
     "Join the tables, write `survey.json`, and give the folder its name. `BadInput` if rows are missing."
-    if left := self.todo(self.n): raise BadInput(self.path, f"rows {left} are not written", "Write the chunks of todo() first.")
+    if left := self.todo(self.n):
+        raise BadInput(self.path, f"rows {left} are not written", "Write the chunks of todo() first.")
     if not (self.partial / "survey.json").exists():
         self._join_tables()
         files = sorted([*self.partial.glob("*.npy"), *self.partial.glob("*.parquet")])
@@ -213,8 +220,10 @@ def _read_info(path):
     "The content of a survey's `survey.json`."
     again = " It is unfinished: repeat the command that writes it." if path.with_name(path.name + ".partial").exists() else ""
     try: info = json.loads((path / "survey.json").read_text())
-    except FileNotFoundError: raise BadInput(path, "is not a survey: there is no survey.json", "Check the path." + again) from None
-    except (OSError, ValueError) as e: raise BadInput(path / "survey.json", f"cannot be read ({e})", "Fetch or make the survey again.") from None
+    except FileNotFoundError:
+        raise BadInput(path, "is not a survey: there is no survey.json", "Check the path." + again) from None
+    except (OSError, ValueError) as e:
+        raise BadInput(path / "survey.json", f"cannot be read ({e})", "Fetch or make the survey again.") from None
     if not isinstance(info, dict) or info.get("format") != "spectranb survey" or info.get("version") != 1:
         raise BadInput(path / "survey.json", "does not describe a survey of version 1")
     return info
@@ -224,8 +233,10 @@ def _check_files(path, files):
     for name, known in files.items():
         file = path / name
         if not file.is_file(): raise BadInput(file, "is missing from the survey", "Copy the whole folder again.")
-        if file.stat().st_size != known["bytes"]: raise BadInput(file, f"has {file.stat().st_size:,} bytes, not {known['bytes']:,}", "Copy it again.")
-        if file_checksum(file, HEAD_BYTES) != known["sha256_head"]: raise BadInput(file, "is not the file that survey.json describes", "Copy it again.")
+        if file.stat().st_size != known["bytes"]:
+            raise BadInput(file, f"has {file.stat().st_size:,} bytes, not {known['bytes']:,}", "Copy it again.")
+        if file_checksum(file, HEAD_BYTES) != known["sha256_head"]:
+            raise BadInput(file, "is not the file that survey.json describes", "Copy it again.")
     strange = {f.name for f in path.iterdir() if not f.name.startswith(".")} - set(files) - {"survey.json"}
     if strange: raise BadInput(path / min(strange), "does not belong to this survey", "Keep other files outside the folder.")
 
@@ -337,7 +348,8 @@ def split(self:Survey,
     sky = self.catalog["ra"], self.catalog["dec"]
     train, valid = split_random(len(self), seed, fraction) if kind == "random" else split_sky(*sky, seed=seed, fraction=fraction)
     if not (len(train) and len(valid)):
-        raise BadInput(self.path, "all galaxies fall on one side of the split", "A survey of one patch of sky needs kind='random'.")
+        raise BadInput(self.path, "all galaxies fall on one side of the split",
+                       "A survey of one patch of sky needs kind='random'.")
     return train, valid
 
 # %% ../../nbs/04_data.survey.ipynb #fbb72dfb
@@ -380,5 +392,6 @@ def summary(self:Survey,
         low, mid, high = np.nanpercentile(np.where(good | ~good.any(0), self.spectra[sample], np.nan), [16, 50, 84], axis=0)
         ax[2].fill_between(REST_WAVELENGTH, low, high, color="0.8"); ax[2].plot(REST_WAVELENGTH, mid, "k", lw=0.8)
         ax[2].set(xlabel="rest wavelength [Å]", ylabel="flux / norm", title="median and 16–84 %")
-        ax[3].plot(REST_WAVELENGTH, good.mean(0), "k"); ax[3].set(xlabel="rest wavelength [Å]", ylabel="share with data", ylim=(0, 1.05))
+        ax[3].plot(REST_WAVELENGTH, good.mean(0), "k")
+        ax[3].set(xlabel="rest wavelength [Å]", ylabel="share with data", ylim=(0, 1.05))
     return self._summary_table(sample)
