@@ -275,8 +275,9 @@ def show_spectrum(
         sigma = np.where(good, 1 / np.sqrt(np.where(good, ivar, 1)), np.nan)
         ax.fill_between(x, y - sigma, y + sigma, color=drawn.get_color(), alpha=0.25, lw=0)
     if good.any():
-        low, high = np.nanpercentile(y, [0.2, 99.8])
-        ax.set_ylim(min(0, low) - 0.05 * (high - low), high + 0.35 * (high - low))
+        low, high = np.nanpercentile(y, [0.2, 99.8])                 # noisy ends do not set the scale, …
+        if x is REST_WAVELENGTH and ivar is not None: high = np.nanmax(y[~(y * np.sqrt(np.maximum(ivar, 0)) < 5)], initial=high)
+        ax.set_ylim(min(0, low) - 0.05 * high, high + 0.25 * (high - min(0, low)))      # … but a significant line does
         ax.set_xlim(x[good][0], x[good][-1])
     if lines: _label_lines(ax, z)
     ax.set(xlabel=f"{'observed' if z else 'rest'} wavelength [Å, vacuum]",

@@ -31,8 +31,10 @@ def to_float16(
 ):                                  # (k, 5, H, W) float16, and the number of clipped pixels of each object (k,)
     "Cutouts in half precision; what exceeds ±65504 nanomaggies is clipped and counted, NaN stays NaN."
     cutouts = np.asarray(cutouts)
-    n_clipped = (np.abs(cutouts) > FLOAT16_MAX).sum(axis=(1, 2, 3))
-    return np.clip(cutouts, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16), n_clipped
+    with np.errstate(over="ignore"): half = cutouts.astype(np.float16)          # too bright turns into ±inf
+    beyond = np.isinf(half)
+    half[beyond] = np.copysign(FLOAT16_MAX, cutouts[beyond])
+    return half, beyond.sum(axis=(1, 2, 3))
 
 # %% ../../nbs/04_data.survey.ipynb #82a28c06
 HEAD_BYTES = 1 << 20
