@@ -328,7 +328,7 @@ def test_jobs(
     jobs = {"pytest": [sys.executable, "-m", "pytest", "-q", "-rs", f"--junitxml={report}", "tests"]}
     if not any((Path(root) / "tests").glob("test_*.py")): jobs = {}
     jobs["sync"] = [sys.executable, "-m", "spectranb.dev", "sync"]
-    for path in notebooks(root):
+    for path in reversed(notebooks(root)):                                  # later ones build on earlier ones and take longer
         jobs[str(path.relative_to(root))] = [tool("nbdev_test"), "--path", str(path)] + (["--flags", " ".join(flags)] if flags else [])
     return jobs
 
