@@ -300,5 +300,5 @@ def fold_inside(module):
     for name, child in module.named_children(): setattr(module, name, fold_inside(child))
     if isinstance(module, nn.Sequential):
         for i, (a, b) in enumerate(zip(list(module), list(module)[1:])):
-            if type(a) is nn.Conv2d and type(b) is nn.BatchNorm2d: module[i], module[i + 1] = fuse_conv_bn_eval(a, b), nn.Identity()
+            if isinstance(a, nn.Conv2d) and type(b) is nn.BatchNorm2d: module[i], module[i + 1] = fuse_conv_bn_eval(a, b), nn.Identity()
     return module.folded() if hasattr(module, "folded") else module

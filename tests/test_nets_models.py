@@ -8,7 +8,8 @@ from torch import nn
 
 from spectranb.core import BadInput
 from spectranb.deconv import FastDeconv, fold_deconv
-from spectranb.models import ARCHITECTURES, ResidualBlock, SelfAttention, create_network, load_checkpoint, simple_cnn, xresnet18, xresnet18_hybrid
+from spectranb import models
+from spectranb.models import ARCHITECTURES, Mish, ResidualBlock, SelfAttention, create_network, load_checkpoint, simple_cnn, xresnet18, xresnet18_hybrid
 
 torch.set_num_threads(1)
 KEYS = json.loads(Path(__file__).with_name("state_dict_keys.json").read_text())
@@ -68,7 +69,7 @@ def test_arguments_reach_the_network():
     net = xresnet18_hybrid(c_in=3, n_out=10, sa=False, act_cls=nn.ReLU, groups=1, reduction=0, stem_szs=(16, 16, 32), widen=0.5, p=0.2)
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     kinds = [type(m) for m in net.modules()]
-    assert SelfAttention not in kinds and nn.Mish not in kinds and nn.Sigmoid not in kinds and net[10].p == 0.2
+    assert SelfAttention not in kinds and Mish not in kinds and nn.Sigmoid not in kinds and net[10].p == 0.2
     assert sum(k is FastDeconv for k in kinds) == 3 and net[7][0].convpath[0][0].out_channels == 256
     assert simple_cnn(widths=(8, 8, 8), n_out=2)(torch.zeros(2, 5, 16, 16)).shape == (2, 2)
 
@@ -102,3 +103,37 @@ def test_checkpoints(tmp_path):
     with pytest.raises(BadInput, match="cannot be read"): load_checkpoint(simple_cnn(), tmp_path / "evil.pth")
     (tmp_path / "short.pth").write_bytes((tmp_path / "plain.pth").read_bytes()[:500])
     with pytest.raises(BadInput, match="cannot be read"): load_checkpoint(simple_cnn(), tmp_path / "short.pth")
+
+
+@pytest.mark.parametrize("dtype, shape", [(torch.float64, (3, 8, 5, 7)), (torch.float32, (200_001,)), (torch.bfloat16, (4, 16, 40, 40)), (torch.float32, (0, 3))])
+def test_quick_mish(dtype, shape):
+    torch.manual_seed(0)
+    x = (10 * torch.randn(shape, dtype=dtype)).requires_grad_()
+    if x.ndim == 4: x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    y, expected = models.Mish()(x), nn.functional.mish(x.double())
+    g = torch.randn_like(y)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
+    (got,), (want,) = torch.autograd.grad(y, x, g), torch.autograd.grad(expected, x, g.double())
+    torch.testing.assert_close(got.double(), want.double(), atol=tolerance, rtol=tolerance)
+    assert y.stride() == x.stride() and y.dtype == dtype
+    assert models.Mish()(x.detach().mT if x.ndim == 4 else x.detach()).isfinite().all()
+
+def test_quick_mish_passes_on_nan_and_large_numbers():
+    y = models.Mish()(torch.tensor([torch.nan, 1e30, -1e30, torch.inf]))
+    assert y[0].isnan() and y[1] == 1e30 and y[2].abs() == 0 and y[3] == torch.inf
+
+
+@pytest.mark.parametrize("args, size", [((512, 512, 3, 1, 1), (2, 2)), ((512, 64, 3, 1, 1), (3, 1)), ((64, 128, 3, 2, 1, 1, 64), (9, 8)), ((512, 32, 3, 1, 1), (4, 4))])
+def test_quick_convolutions(args, size):
+    torch.manual_seed(0)
+    ours = models.Conv2d(*args, bias=False)
+    theirs = nn.Conv2d(*args, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, args[0], *size, requires_grad=True)
+    a, b = ours(x), theirs(x)
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    g = torch.randn_like(b)
+    for u, v in zip(torch.autograd.grad(a, (x, ours.weight), g), torch.autograd.grad(b, (x, theirs.weight), g)): torch.testing.assert_close(u, v, atol=1e-4, rtol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16): low = ours(x.bfloat16())
+    assert low.dtype == torch.bfloat16 and (low.float() - b).abs().max() < 0.05 * b.abs().max()
