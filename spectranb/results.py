@@ -273,6 +273,7 @@ def fit_boosting(
 ):                                  # `BoostedTrees`, and text: what was chosen
     "Gradient boosting, each target tuned by cross-validation."
     x, y = np.asarray(x, np.float32), np.asarray(y, float)
+    x = np.where(np.isnan(x).all(axis=0), 0, x)                      # a column without any value is not for splitting
     chosen = [tune_boosting(x, target, seed=seed) for target in y.T]
     models = [HistGradientBoostingRegressor(random_state=seed, **TREES, **c).fit(x, t) for c, t in zip(chosen, y.T)]
     return BoostedTrees(models), "trees × leaves " + " ".join(f"{c['max_iter']}×{c['max_leaf_nodes']}" for c in chosen)
@@ -396,11 +397,11 @@ def plot_latents(
     "Predicted against true, one panel a latent, with R²."
     import matplotlib.pyplot as plt
     k, r2 = np.shape(true)[1], latent_metrics(predicted, true)["r2"]
-    fig, axes = plt.subplots(1, k, figsize=(2.1 * k, 2.4), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, k, figsize=(2.1 * k, 2.7), squeeze=False, layout="constrained")
     for j, ax in enumerate(axes[0]):
-        low, high = np.quantile(true[:, j], [0.003, 0.997])
+        low, high = np.quantile(true[:, j], [0.003, 0.997]) * 1.05
         ax.scatter(true[:, j], predicted[:, j], s=3, color="k", alpha=min(1, 300 / len(true)), lw=0, rasterized=True)
         ax.plot([low, high], [low, high], color="C3", lw=1)
-        ax.set(xlabel=f"true latent {j + 1}", xlim=(low, high), ylim=(-3.2, 3.2), title=f"R² = {r2[j + 1]:.2f}")
+        ax.set(xlabel=f"true latent {j + 1}", xlim=(low, high), ylim=(low, high), aspect="equal", title=f"R² = {r2[j + 1]:.2f}")
     axes[0, 0].set_ylabel("predicted latent")
     return fig
