@@ -82,6 +82,7 @@ def fit(cls:InputTransform,
     cutouts,                        # (N, 5, H, W) nanomaggies, any array that can be sliced
     crop:int=64, bin:int=1,         # as above
     sample:int=512,                 # so many cutouts, evenly spread, are looked at
+    soft:float=5.0,                 # softening in units of a pixel's noise
 ):                                  # `InputTransform`
     "Measure softening, mean and spread on a sample of cutouts."
     chosen = np.unique(np.linspace(0, len(cutouts) - 1, min(sample, len(cutouts))).astype(int))
@@ -89,7 +90,7 @@ def fit(cls:InputTransform,
     x = x.transpose(0, 1).flatten(1)
     if not (good := x.isfinite().sum(1) > 1).all():
         raise BadInput("cutouts", f"no data in band {', '.join(np.array(BANDS)[~good.numpy()])} of {len(chosen)} cutouts", "Train on cutouts with all bands.")
-    softening = 1.4826 * (x - x.nanmedian(1, keepdim=True).values).abs().nanmedian(1).values
+    softening = soft * 1.4826 * (x - x.nanmedian(1, keepdim=True).values).abs().nanmedian(1).values
     if not (softening > 0).all(): raise BadInput("cutouts", "more than half of the pixels of a band are equal", "Leave out empty or constant images.")
     s = (x / softening[:, None]).asinh()
     mean = s.nanmean(1)
@@ -143,7 +144,7 @@ class Images:
     ):
         self.cutouts, self.idx, self.transform, self.device = centre_crop(cutouts, transform.crop), np.asarray(idx), deepcopy(transform).cpu(), torch.device(device)
         small = len(self.idx) * 2 * cutouts.shape[1] * transform.size ** 2 <= keep
-        self.kept = torch.cat([self.read(p).half() for p in np.array_split(np.arange(len(idx)), math.ceil(len(idx) / 256))]).to(device) if small else None
+        self.kept = torch.cat([self.read(p).half() for p in np.array_split(np.arange(len(self.idx)), math.ceil(len(self.idx) / 256) or 1)]).to(device) if small else None
 
     def __len__(self): return len(self.idx)
 
@@ -374,7 +375,7 @@ def train_network(
     epochs:int=10,
     lr:float=None,                  # at the top of the cycle; None: 0.003 for xresnets deconvolved throughout, else 0.03
     batch_size:int=128, wd:float=1e-2,
-    band_dropout:float=0.1,         # probability that a band of an image is blanked
+    band_dropout:float=0.03,        # probability that a band of an image is blanked; 0.03 touches one image in seven
     augment:bool=True,              # the eight symmetries of the square
     rotate:float=0.0,               # further turns of up to so many degrees; published: 10
     loss:str="mse",                 # or "rmse", the published one
@@ -400,7 +401,8 @@ def train_network(
         torch.manual_seed(seed)
         learn = make_learner(train, valid, create_network(arch, n_out=targets.shape[1], **(net_kwargs or {})), loss, wd, precision=precision, progress=progress, log=log, cbs=cbs)
         start = time.perf_counter()
-        learn.fit_one_cycle(epochs, lr)
+        try: learn.fit_one_cycle(epochs, lr)
+        except BadInput as e: raise BadInput(e.name, e.what, e.remedy) from None       # without fastai's wrapping
     settings |= dict(lr=lr, device=str(device), precision=str(precision), n_train=len(train_idx), n_valid=len(valid_idx), threads=torch.get_num_threads(),
                      seconds=round(time.perf_counter() - start, 1), torch=torch.__version__, net_kwargs=dict(n_out=targets.shape[1], **(net_kwargs or {})))
     return TrainedNetwork(learn.model, transform.to(device), arch, learning_curve(learn), settings)
