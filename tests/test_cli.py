@@ -1,4 +1,5 @@
 """The command: help, exit statuses, and what bad files do to it. The model has random weights."""
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from astropy.io import fits
 
 from spectranb.cli import main
 from spectranb.core import BadInput, real_dir
-from spectranb.demo import Job, find_cutouts, galaxy_of, safe_name
+from spectranb.demo import Job, Recipe, find_cutouts, galaxy_of, safe_name
 from spectranb.predict import read_prediction
 from test_predict import predictor  # noqa: F401  a fixture
 
@@ -53,6 +54,14 @@ def test_main_help_and_version(capsys):
     assert shell("--version") == 0 and capsys.readouterr().out.startswith("spectranb ")
     assert shell() == 2 and shell("paint") == 2 and shell("predict") == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_states_the_true_defaults(capsys):
+    shell("train", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for name, value in vars(Recipe()).items():
+        stated = re.search(rf"--{name.replace('_', '-')} [^(]*\(default: ([^)]*)\)", text).group(1)
+        assert stated == str(value) or value is None, name
 
 
 def test_help_is_quick_and_light():
