@@ -25,7 +25,7 @@ def test_state_dict_is_the_published_one(name):
 def test_parameter_counts(name): assert sum(p.numel() for p in ARCHITECTURES[name]().parameters()) == COUNTS[name]
 
 
-@pytest.mark.parametrize("expansion, ni, nf, stride, groups, reduction, sa", [(1, 64, 64, 1, 64, 8, True), (1, 64, 128, 2, 64, 8, False), (4, 16, 64, 1, 1, 8, True), (4, 64, 128, 2, 32, None, False)])
+@pytest.mark.parametrize("expansion, ni, nf, stride, groups, reduction, sa", [(1, 64, 64, 1, 64, 16, True), (1, 64, 128, 2, 64, 16, False), (4, 16, 64, 1, 1, 8, True), (4, 64, 128, 2, 32, None, False)])
 def test_block_equals_fastai(expansion, ni, nf, stride, groups, reduction, sa):
     from fastai.layers import ResBlock
     torch.manual_seed(0)

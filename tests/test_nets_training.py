@@ -142,6 +142,10 @@ def test_seed_decides_everything(toy):
     assert all(torch.equal(u, v) for u, v in zip(a.net.state_dict().values(), b.net.state_dict().values())) and a.history.equals(b.history)
     assert not torch.equal(a.net[-1].weight, c.net[-1].weight)
 
+def test_seed_decides_the_first_weights(toy):
+    a, b = [train_network(*toy, np.arange(96), np.arange(128, 160), seed=s, **SMALL | dict(lr=1e-30)) for s in (1, 2)]
+    assert not torch.allclose(a.net[0][0].weight, b.net[0][0].weight)
+
 def test_bfloat16_trains_like_float32(toy):
     low, high = [train_network(*toy, np.arange(128), np.arange(128, 160), precision=p, **SMALL) for p in (torch.bfloat16, torch.float32)]
     assert abs(low.history.mse.iloc[-1] - high.history.mse.iloc[-1]) < 0.05
