@@ -81,6 +81,26 @@ def check_spectra():
     return "gaps in spectra are filled"
 
 
+def check_chain():
+    from spectranb.predict import Predictor, calibrate_errors
+    from spectranb.training import train_network
+    from spectranb.vae import SpectrumVAE
+    rng = np.random.default_rng(0)
+    slope = rng.normal(size=(160, 1)).astype("f4")
+    flux = (1 + 0.2 * slope * np.linspace(-1, 1, 1000) + 0.02 * rng.normal(size=(160, 1000))).astype("f4")
+    cutouts = (rng.normal(size=(160, 5, 32, 32)) + slope[:, :, None, None]).astype("f4")
+    ivar, train, valid = np.full_like(flux, 2500), np.arange(120), np.arange(120, 160)
+    vae = SpectrumVAE.fit(flux[train], ivar[train], hidden=(16,), epochs=2, progress=False)
+    network = train_network(cutouts, vae.encode(flux, ivar), train, valid, arch="simple_cnn", crop=32, bin=1, epochs=1, batch_size=32, progress=False)
+    predictor = Predictor(network, vae, calibrate_errors(network, vae, cutouts, flux, ivar, valid), dict(simulated=True))
+    with tempfile.TemporaryDirectory() as folder:
+        predictor.save(folder)
+        prediction = Predictor.load(folder).predict(cutouts[:3], progress=False)
+        prediction.write_fits(Path(folder) / "p.fits")
+    assert prediction.flux.shape == (3, 1000) and np.isfinite(prediction.sigma).all()
+    return "a VAE and a network are trained, saved, loaded and predict"
+
+
 def main():
     print(f"Python {sys.version.split()[0]}, " + ", ".join(f"{p} {version(p)}" for p in ("spectranb", "torch", "fastai", "fastcore")))
     counts = dict(passed=0, failed=0)

@@ -457,8 +457,10 @@ def component_light(
     lines = np.zeros((7, len(LINE_LAM)))
     young = masses[1:5].sum(0)
     lines[4] = 0.7 * float(np.sum(np.outer(gas, young) * T.h_beta)) * ratios
-    screens = np.array([screen(a_bulge, slope), screen(a_disc, slope), screen(0.8 * a_disc, slope), screen(1.15 * a_disc, slope),
-                        screen(1.15 * a_disc, slope) * screen(a_cloud, 1.3), screen(a_disc + 2.2, 0.7)])
+    curve = (SED_WAVELENGTH / 5500.0) ** -slope
+    screens = np.exp(-0.4 * np.log(10) * np.outer([a_bulge, a_disc, 0.8 * a_disc, 1.15 * a_disc, 1.15 * a_disc, a_disc], curve))
+    screens[4] *= screen(a_cloud, 1.3)
+    if masses[5].any(): screens[5] *= screen(2.2, 0.7)
     light[:6] *= screens
     lines[4] *= np.interp(LINE_LAM, SED_WAVELENGTH, screens[4])
     light[:6] *= 1 - draw_lines(np.array([5891.58, 5897.56]), na_d * np.array([0.6, 0.4]), 150.0)
