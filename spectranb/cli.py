@@ -92,7 +92,7 @@ def _network_options(p):
     g.add_argument("--arch", help="network (default: xresnet18_hybrid)")
     g.add_argument("--crop", type=int, metavar="PX", help="pixels of 0.25 arcsec that the network looks at (default: 64)")
     g.add_argument("--bin", type=int, metavar="PX", help="pixels summed on a side (default: 2)")
-    g.add_argument("--epochs", type=int, help="passes over the training galaxies (default: 12)")
+    g.add_argument("--epochs", type=int, help="passes over the training galaxies (default: 20)")
     g.add_argument("--batch-size", type=int, metavar="N", help="galaxies in a batch (default: 64)")
     g.add_argument("--lr", type=float, help="largest learning rate (default: the network's own)")
     g.add_argument("--band-dropout", type=float, metavar="P", help="probability that a band of an image is blanked (default: 0.1)")

@@ -167,7 +167,7 @@ class Recipe:
     arch: str = "xresnet18_hybrid"  # network
     crop: int = 64                  # pixels of 0.25″ that it looks at: 16″
     bin: int = 2                    # pixels summed on a side: a quarter of the cost
-    epochs: int = 12
+    epochs: int = 20
     batch_size: int = 64
     lr: float = None                # None: the network's own
     band_dropout: float = 0.1       # probability that a band of an image is blanked

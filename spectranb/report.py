@@ -9,7 +9,7 @@ __all__ = ['STYLE', 'figure_html', 'table_html', 'Section', 'paragraphs', 'write
            'real_spectra_section', 'real_galaxy_section']
 
 # %% ../nbs/13_report.ipynb #3b6ef16a
-import base64, html, io
+import base64, html, io, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def _cell(value, digits):
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, np.bool_))
     if value is None or (number and not np.isfinite(value)): return "–", True
     if isinstance(value, (float, np.floating)): return f"{value:.{digits}f}", True
-    return str(value), number or " ± " in str(value)
+    return str(value), number or re.fullmatch(r"[-+]?[\d.]+( ± [\d.]+)?", str(value)) is not None
 
 def table_html(
     table,                          # DataFrame; its index becomes the first column
