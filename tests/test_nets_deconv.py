@@ -13,7 +13,7 @@ from spectranb.deconv import ChannelDeconv, Delinear, FastDeconv, fold_deconv, i
 torch.set_num_threads(1)
 
 
-# --- the reference: loops and NumPy, from arXiv:1905.11926 (Algorithm 1, Section 3), with the published block dealing ---
+# --- the reference: loops and NumPy, from arXiv:1905.11926 (Algorithm 1), with the published block dealing ---
 def np_inverse_sqrt(c, n_iter):
     norm = np.sqrt((c ** 2).sum()); y, z, eye = c / norm, np.eye(len(c)), np.eye(len(c))
     for _ in range(n_iter):
