@@ -53,7 +53,8 @@ def latent_metrics(
 ):                                  # DataFrame: mse, rmse, r2; one row a latent and one for all
     "Error of each latent. R² compares with the variance of the true latents given here."
     error = np.square(np.asarray(predicted, float) - true).mean(axis=0)
-    table = pd.DataFrame(dict(mse=error, rmse=np.sqrt(error), r2=1 - error / np.var(true, axis=0)), index=pd.RangeIndex(1, len(error) + 1, name="latent"))
+    columns = dict(mse=error, rmse=np.sqrt(error), r2=1 - error / np.var(true, axis=0))
+    table = pd.DataFrame(columns, index=pd.RangeIndex(1, len(error) + 1, name="latent"))
     table.loc["all"] = error.mean(), np.sqrt(error.mean()), 1 - error.sum() / np.var(true, axis=0).sum()
     return table
 
@@ -84,7 +85,8 @@ def spectral_metrics(
     free_scale:bool=False,          # fit one factor to each spectrum
 ):                                  # DataFrame: deviation, chi2, residual, rms_truth; one row a galaxy
     "Four figures of merit for each galaxy; NaN for one without data. Raises `BadInput` when shapes differ."
-    if not np.shape(predicted) == np.shape(flux) == np.shape(ivar): raise BadInput("spectra", f"of shapes {np.shape(predicted)}, {np.shape(flux)} and {np.shape(ivar)} are compared", "Give one prediction a spectrum.")
+    if not np.shape(predicted) == np.shape(flux) == np.shape(ivar):
+        raise BadInput("spectra", f"predictions of shape {np.shape(predicted)} meet flux {np.shape(flux)} and ivar {np.shape(ivar)}", "Give one prediction a spectrum.")
     p, good = unit_rms(predicted), np.asarray(ivar) > 0
     if free_scale: p = p * (np.sum(ivar * flux * p, axis=1) / np.maximum(np.sum(ivar * p ** 2, axis=1), 1e-30))[:, None]
     n = np.where(good.any(axis=1), good.sum(axis=1), np.nan)
@@ -211,7 +213,8 @@ def measure_features(
     progress:bool=False,            # show a bar
 ):                                  # DataFrame of N rows and 123 columns, float32
     "Aperture magnitudes and shapes of all galaxies, from the cutouts alone. Raises `BadInput` for a wrong shape."
-    if np.ndim(cutouts) != 4 or np.shape(cutouts)[1] != len(BANDS): raise BadInput("cutouts", f"of shape {np.shape(cutouts)}, (N, 5, H, W) wanted", "Pass Survey.cutouts; a missing band is a plane of NaN.")
+    if np.ndim(cutouts) != 4 or np.shape(cutouts)[1] != len(BANDS):
+        raise BadInput("cutouts", f"of shape {np.shape(cutouts)}, (N, 5, H, W) wanted", "Pass Survey.cutouts; a missing band is a plane of NaN.")
     parts = [_measure(crop_or_pad(np.asarray(cutouts[i:i + chunk], np.float32), FEATURE_SIZE))
              for i in tqdm(range(0, len(cutouts), chunk), desc="features", disable=not progress)]
     return pd.DataFrame({k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, dtype=np.float32)
@@ -238,7 +241,8 @@ def fit_ridge(
     seed:int=0,                     # not used: the fit is deterministic
 ):                                  # object with `.predict(x)`, and text: what was chosen
     "Ridge regression with the penalty of each target tuned by leave-one-out cross-validation."
-    model = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler(), RidgeCV(np.logspace(-3, 4, 15), alpha_per_target=True)).fit(x, y)
+    fill, ridge = SimpleImputer(strategy="median", keep_empty_features=True), RidgeCV(np.logspace(-3, 4, 15), alpha_per_target=True)
+    model = make_pipeline(fill, StandardScaler(), ridge).fit(x, y)
     return model, "penalty " + " ".join(f"{a:.2g}" for a in np.atleast_1d(model[-1].alpha_))
 
 # %% ../nbs/11_results.ipynb #c76f378c
@@ -335,8 +339,11 @@ def format_table(
     table,                          # of `metrics_table`
 ):                                  # DataFrame of text, 'value ± error'
     "The table for the eye."
-    def cell(row, key, form, scale): return f"{form.format(scale * row[key])} ± {form.format(scale * row[key + '_error'])}" if row[key + "_error"] else form.format(scale * row[key])
-    return pd.DataFrame({heading: table.apply(cell, axis=1, args=(key, form, scale)) for key, (heading, form, scale) in HEADINGS.items() if key in table})
+    def cell(row, key, form, scale):
+        value, error = form.format(scale * row[key]), form.format(scale * row[key + "_error"])
+        return f"{value} ± {error}" if row[key + "_error"] else value
+    shown = {k: v for k, v in HEADINGS.items() if k in table}
+    return pd.DataFrame({heading: table.apply(cell, axis=1, args=(key, form, scale)) for key, (heading, form, scale) in shown.items()})
 
 def table_html(table):              # of `metrics_table` -> str
     "The table as HTML."
@@ -387,7 +394,8 @@ def plot_residuals(
         ax.plot(x, mid, color=f"C{k + 3}", lw=1, label=f"{name}: median")
         ax.plot(x, low, x, high, color=f"C{k + 3}", lw=0.5)
     ax.axhline(0, color="k", lw=0.5)
-    ax.set(xlabel="rest wavelength [Å, vacuum]", ylabel="predicted − observed flux / norm", xlim=(x[0], x[-1]), ylim=(-0.5, 0.5)); ax.legend(fontsize=8)
+    ax.set(xlabel="rest wavelength [Å, vacuum]", ylabel="predicted − observed flux / norm", xlim=(x[0], x[-1]), ylim=(-0.5, 0.5))
+    ax.legend(fontsize=8)
     return ax
 
 # %% ../nbs/11_results.ipynb #ca8c987a
