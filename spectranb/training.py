@@ -81,11 +81,14 @@ class InputTransform(nn.Module):
 def fit(cls:InputTransform,
     cutouts,                        # (N, 5, H, W) nanomaggies, any array that can be sliced
     crop:int=64, bin:int=1,         # as above
-    sample:int=512,                 # so many cutouts, evenly spread, are looked at
+    idx=None,                       # positions of the cutouts to look at; None: all
+    sample:int=512,                 # so many of them, evenly spread, or fewer when they are large
     soft:float=5.0,                 # softening in units of a pixel's noise
 ):                                  # `InputTransform`
     "Measure softening, mean and spread on a sample of cutouts."
-    chosen = np.unique(np.linspace(0, len(cutouts) - 1, min(sample, len(cutouts))).astype(int))
+    idx = np.arange(len(cutouts)) if idx is None else np.sort(idx)
+    sample = max(1, min(sample, len(idx), int(2e7 / (cutouts.shape[1] * crop ** 2))))
+    chosen = idx[np.linspace(0, len(idx) - 1, sample).astype(int)]
     x = bin_pixels(torch.from_numpy(centre_crop(cutouts, crop)[chosen].astype(np.float32)), bin)
     x = x.transpose(0, 1).flatten(1)
     if not (good := x.isfinite().sum(1) > 1).all():
@@ -394,7 +397,7 @@ def train_network(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = precision or fast_precision(device)
     lr = lr or (3e-3 if arch.startswith("xresnet") and arch.endswith("deconv") else 3e-2)
-    transform = InputTransform.fit(centre_crop(cutouts, crop)[train_idx[:: max(1, len(train_idx) // 512)]], crop, bin)
+    transform = InputTransform.fit(cutouts, crop, bin, train_idx)
     def batches(idx, **kwargs): return Batches(Images(cutouts, idx, transform, device, keep * len(idx) / len(targets)), targets[idx], batch_size, seed=seed, **kwargs)
     train, valid = batches(train_idx, shuffle=True, augment=augment, rotate=rotate, band_dropout=band_dropout), batches(valid_idx)
     with torch.random.fork_rng():
