@@ -23,6 +23,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from .core import BANDS, N_WAVE, PIXEL_SCALE, REST_WAVELENGTH, BadInput
@@ -300,8 +301,9 @@ def run_baselines(
         if recipe is None: p = np.tile(targets[train_idx].mean(0), (len(valid_idx), 1))
         else:
             fit, x = recipe[0], select_features(features, recipe[1]).to_numpy()
-            model, chosen = fit(x[train_idx], targets[train_idx], seed)
-            p = model.predict(x[valid_idx])
+            with threadpool_limits(1):                               # small tables: threads that wait for each other cost more than they bring
+                model, chosen = fit(x[train_idx], targets[train_idx], seed)
+                p = model.predict(x[valid_idx])
         error = np.square(p - targets[valid_idx]).mean(axis=1)
         predictions[name] = p.astype(np.float32)
         rows[name] = dict(mse=error.mean(), mse_error=bootstrap(error, seed=seed), published_mse=published_mse(p, targets[valid_idx]),
