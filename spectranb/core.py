@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['LOGLAM0', 'DLOGLAM', 'N_WAVE', 'REST_LOGLAM', 'REST_WAVELENGTH', 'REST_EDGES', 'BANDS', 'BAND_WAVELENGTH',
            'PIXEL_SCALE', 'CUTOUT_SIZE', 'nanomaggies_to_mag', 'mag_to_nanomaggies', 'vac_to_air', 'air_to_vac',
-           'BadInput', 'atomic_write', 'write_json', 'cache_dir', 'real_dir']
+           'BadInput', 'atomic_write', 'write_json', 'run_jobs', 'cache_dir', 'real_dir']
 
 # %% ../nbs/00_core.ipynb #1ff274fc
-import json, os, tempfile
+import json, multiprocessing, os, sys, tempfile
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #19662fce
 LOGLAM0, DLOGLAM, N_WAVE = 3.53, 0.00039, 1000
@@ -99,6 +101,30 @@ def write_json(
     "Write `obj` as indented JSON, atomically."
     def plain(o): return o.tolist() if hasattr(o, "tolist") else str(o)
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=plain) + "\n")
+
+# %% ../nbs/00_core.ipynb #9581189c
+def run_jobs(
+    work,                           # function, importable by name
+    jobs,                           # list of tuples of its arguments
+    n_workers:int=None,             # processes; None: one a core
+    progress:bool=False,            # show a progress bar
+    label:str="",                   # what the bar says
+    total:int=None,                 # units of work in all jobs, for the bar
+    unit:str="gal",                 # what they are
+):                                  # yields result and bar, job by job; the caller moves the bar
+    "Do `work(*job)` for all jobs in processes; the first exception ends it."
+    n_workers = n_workers or os.cpu_count() or 1
+    with tqdm(total=total, desc=label, unit=unit, disable=not progress, mininterval=1) as bar:
+        if n_workers == 1 or len(jobs) == 1:
+            for job in jobs: yield work(*job), bar
+            return
+        method = "fork" if sys.platform == "linux" else "spawn"
+        with ProcessPoolExecutor(n_workers, multiprocessing.get_context(method)) as pool:
+            futures = [pool.submit(work, *job) for job in jobs]
+            try:
+                for f in futures: yield f.result(), bar
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True); raise
 
 # %% ../nbs/00_core.ipynb #7531d5c4
 def cache_dir(

@@ -46,7 +46,7 @@ class Request:
     key: str                        # its name in the ledger, unique: '299489676975171584.g'
     url: str | tuple                # address; further ones are tried where there is nothing (404)
     path: str                       # where it shall stand, relative to the store's folder
-    check: object = None            # function of the body (bytes) that raises `BadInput` if it is not what was asked for
+    check: object = None            # function of the body (bytes): raises `BadInput` if it is not what was asked for, `Absent` if final
     params: dict = None             # query string
     fields: dict = None             # form fields; with them, or with an upload, the request is a POST
     upload: dict = None             # multipart files of a POST: {field: (file name, text)}
@@ -131,7 +131,8 @@ def _ask(session, request, url, manners, pace, halt)->bytes:
             _status(answer)
             body = _body(answer, manners, halt)
     except (requests.RequestException, HTTPError, OSError) as e: raise Again(_plain(e)) from None
-    try: request.check and request.check(body)
+    try:
+        if request.check: request.check(body)
     except BadInput as e: raise Again(f"unusable answer: {e.what}") from None
     return body
 
@@ -293,7 +294,7 @@ def _known(self:Store, request, again):
     try:
         if not request.check: return None
         request.check(body)
-    except BadInput: return None
+    except (BadInput, Absent): return None
     self._enter(request.key, request.object_id, request.path, "ok", body=body)
     return "already"
 
@@ -385,10 +386,15 @@ def _last_reason(self:Store):
 
 # %% ../nbs/00a_download.ipynb #10a88ff4
 @patch
+def table(self:Store):              # DataFrame: key, object_id, path, status ('ok', 'absent', 'failed'), reason, remedy, tries, bytes
+    "The ledger."
+    return pd.read_sql_query("select key, object_id, path, status, reason, remedy, tries, bytes from files order by key", self.db)
+
+@patch
 def rejects(self:Store):            # DataFrame: key, object_id, reason, remedy, final (False: the next run asks again)
     "The files that are not there."
-    return pd.read_sql_query("select key, object_id, reason, remedy, status = 'absent' as final from files where status != 'ok' "
-                             "order by key", self.db).astype(dict(final=bool))
+    lost = self.table().query("status != 'ok'").reset_index(drop=True)
+    return lost[["key", "object_id", "reason", "remedy"]].assign(final=lost["status"] == "absent")
 
 @patch
 def read(self:Store,

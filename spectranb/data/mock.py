@@ -19,8 +19,7 @@ __all__ = ['N_BLUE', 'N_RED', 'SED_LOGLAM', 'SED_WAVELENGTH', 'SED_DLAM', 'REST'
            'simulate_object', 'simulate_survey', 'simulate_spectra']
 
 # %% ../../nbs/05_data.mock.ipynb #998c51c9
-import importlib.util, multiprocessing, os, sys
-from concurrent.futures import ProcessPoolExecutor
+import importlib.util, os
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,10 +31,9 @@ from astropy.io import fits
 from scipy import fft as sp_fft
 from scipy.special import erf, gammaincinv, gamma as gamma_function, i0, kv
 from threadpoolctl import threadpool_limits
-from tqdm.auto import tqdm
 
 from ..core import (BANDS, DLOGLAM, LOGLAM0, N_WAVE, PIXEL_SCALE, REST_WAVELENGTH, BadInput, atomic_write,
-                            cache_dir, nanomaggies_to_mag, real_dir)
+                            cache_dir, nanomaggies_to_mag, real_dir, run_jobs)
 from .survey import Survey, SurveyWriter
 
 # %% ../../nbs/05_data.mock.ipynb #8d7e302a
@@ -977,22 +975,6 @@ def _write_chunk(writer, first, start, stop, seed, templates, size):
     writer.write(start, catalog, flux, ivar, cutouts, tables=dict(truth=truth), arrays=dict(noiseless=clean))
     return stop - start
 
-# %% ../../nbs/05_data.mock.ipynb #79191893
-def _run(jobs, work, n_workers, total, progress, label):  # do `work(*job)` for all jobs, in processes, with a progress bar
-    n_workers = n_workers or os.cpu_count() or 1
-    bar = tqdm(total=total, desc=label, unit="gal", disable=not progress, mininterval=1)
-    if n_workers == 1 or len(jobs) == 1:
-        for job in jobs: yield work(*job), bar
-    else:
-        method = "fork" if sys.platform == "linux" else "spawn"
-        with ProcessPoolExecutor(n_workers, multiprocessing.get_context(method)) as pool:
-            futures = [pool.submit(work, *job) for job in jobs]
-            try:
-                for f in futures: yield f.result(), bar
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True); raise
-    bar.close()
-
 # %% ../../nbs/05_data.mock.ipynb #d2a80522
 def simulate_survey(
     path,                           # folder to make
@@ -1010,7 +992,7 @@ def simulate_survey(
     provenance = dict(made_by="spectranb.data.mock.simulate_survey", simulated=True, seed=seed, start=start, knobs=vars(MOCK))
     writer = SurveyWriter(path, n, size=size, provenance=provenance, arrays=dict(noiseless=(N_WAVE,)))
     jobs = [(writer, start, a, b, seed, templates, size) for a, b in writer.todo(64)]
-    for done, bar in _run(jobs, _write_chunk, n_workers, sum(j[3] - j[2] for j in jobs), progress, "simulating"): bar.update(done)
+    for done, bar in run_jobs(_write_chunk, jobs, n_workers, progress, "simulating", sum(j[3] - j[2] for j in jobs)): bar.update(done)
     return writer.finish()
 
 # %% ../../nbs/05_data.mock.ipynb #ad9aac0b
@@ -1025,7 +1007,7 @@ def simulate_spectra(
     load_templates(templates)
     jobs = [(seed, np.arange(start + a, start + min(a + 64, n)), templates, 0) for a in range(0, n, 64)]
     parts = []
-    for part, bar in _run(jobs, _simulate_chunk, n_workers, n, progress, "simulating spectra"):
+    for part, bar in run_jobs(_simulate_chunk, jobs, n_workers, progress, "simulating spectra", n):
         parts.append(part); bar.update(len(part[0]))
     catalog, truth, flux, ivar, clean, _ = zip(*parts)
     return dict(flux=np.concatenate(flux), ivar=np.concatenate(ivar), noiseless=np.concatenate(clean),
