@@ -11,10 +11,11 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from astropy import units as u
 from hypothesis import given, settings, strategies as st
 
 from spectranb.core import BadInput
-from spectranb.data.survey import Survey, SurveyWriter, sky_cell, split_random, split_sky, to_float16
+from spectranb.data.survey import Survey, SurveyWriter, append_survey, file_checksum, sky_cell, split_random, split_sky, to_float16
 
 N, SIZE = 40, 12
 
@@ -273,3 +274,257 @@ def test_one_patch_of_sky(tmp_path):
     with pytest.raises(BadInput, match="kind='random'"): s.split()
     with pytest.raises(BadInput, match="not a kind"): s.split("sky")
     assert len(s.split("random")[1]) == 1
+
+
+# ---- growing ----
+
+M = 11                                                               # galaxies of the second part
+
+
+def part(path, first, n, lists=None, **kwargs):
+    "A survey of the galaxies first, …, first + n - 1 of `chunk`."
+    w = SurveyWriter(path, n, SIZE, **{"provenance": dict(seed=7, first=first), "arrays": dict(clean=(1000,)), **kwargs})
+    w.write(0, **chunk(first, first + n))
+    return w.finish(lists=lists)
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory): return part(tmp_path_factory.mktemp("more") / "m", N, M)
+
+
+@pytest.fixture(scope="module")
+def longer(survey, more, tmp_path_factory):
+    "What an append must give, however it is interrupted."
+    return Survey.open(shutil.copytree(survey.path, tmp_path_factory.mktemp("longer") / "s")).append(more)
+
+
+def content(path): return {f.name: f.read_bytes() for f in path.iterdir() if f.is_file()}
+
+
+def test_appended_is_the_longer_survey(longer, survey, tmp_path):
+    want = chunk(0, N + M)
+    whole = part(tmp_path / "whole", 0, N + M)
+    for name in ("spectra", "ivar", "clean", "cutouts"):             # the same bytes as if written in one go, header included
+        assert (longer.path / f"{name}.npy").read_bytes() == (whole.path / f"{name}.npy").read_bytes()
+    assert (longer.path / "catalog.parquet").read_bytes() == (whole.path / "catalog.parquet").read_bytes()
+    assert len(longer) == N + M and longer.catalog["object_id"].tolist() == want["rows"]["object_id"].tolist()
+    assert longer.truth["mass"].iloc[-1] == pytest.approx(5.0) and longer.verify() == list(longer.info["files"])
+    assert [(p["n"], p["provenance"]) for p in longer.info["parts"]] == [(N, survey.info["provenance"]), (M, dict(seed=7, first=N))]
+    parts = longer.info["files"]["ivar.npy"]["parts"]
+    assert parts[0]["sha256"] == file_checksum(survey.path / "ivar.npy") and not [*longer.path.glob(".*")]
+
+
+def test_append_to_appended(longer, tmp_path):
+    "Parts of parts: the pieces stay known one by one."
+    third = Survey.open(shutil.copytree(longer.path, tmp_path / "s")).append(part(tmp_path / "a", 60, 2).append(part(tmp_path / "b", 70, 3)))
+    assert [p["n"] for p in third.info["parts"]] == [p["n"] for p in third.info["files"]["cutouts.npy"]["parts"]] == [N, M, 2, 3]
+    assert np.array_equal(third.spectra[-3:], chunk(70, 73)["flux"].astype(np.float32)) and third.verify()
+
+
+def test_repeated_galaxies_are_refused_untouched(copied, more, tmp_path):
+    before = content(copied)
+    with pytest.raises(BadInput, match="3 of its galaxies.*g00037, g00038, g00039"):
+        Survey.open(copied).append(part(tmp_path / "o", N - 3, 5))
+    with pytest.raises(BadInput, match="40 of its galaxies.* and 35 more"): append_survey(copied, Survey.open(copied))
+    assert content(copied) == before
+    s = append_survey(copied, more)
+    with pytest.raises(BadInput, match="g00040"): s.append(more)
+
+
+def test_unfit_surveys_are_refused_untouched(copied, tmp_path):
+    before = content(copied)
+    rows = chunk(90, 92)
+    def other(name, size=SIZE, arrays=("clean",), tables=True, provenance=None, change=lambda r: r):
+        w = SurveyWriter(tmp_path / name, 2, size, provenance=provenance, arrays={a: (1000,) for a in arrays})
+        w.write(0, change(rows["rows"]), rows["flux"], rows["ivar"], cutouts=rows["cutouts"][..., :size, :size] if size else None,
+                arrays={a: rows["ivar"] for a in arrays}, tables=rows["tables"] if tables else None)
+        return w.finish()
+    def refused(what, *args, **kwargs):
+        with pytest.raises(BadInput, match=what): append_survey(copied, other(*args, **kwargs))
+    refused("size 6", "a", size=6)
+    refused("arrays", "b", arrays=())
+    refused("tables", "c", tables=False)
+    refused("columns of catalog.*snr", "d", change=lambda r: r.assign(snr=1.0))
+    refused("simulated", "e", provenance=dict(simulated=True))
+    assert content(copied) == before and not [*copied.glob(".*")]
+    with pytest.raises(BadInput, match="no such folder"): append_survey(tmp_path / "nowhere", Survey.open(copied))
+
+
+def test_a_damaged_part_does_not_enter(copied, more, tmp_path):
+    damaged = shutil.copytree(more.path, tmp_path / "m")
+    opened = Survey.open(damaged)
+    with (damaged / "ivar.npy").open("r+b") as f: f.seek(30_000); f.write(b"x")
+    before = content(copied)
+    with pytest.raises(BadInput, match="ivar.npy: changed"): append_survey(copied, opened)
+    assert content(copied) == before and Survey.open(copied).verify()
+
+
+class Crash(BaseException): pass
+
+
+def calls_until_crash(monkeypatch, k):
+    "Let the k-th call of fsync, replace, write or rename of an append raise; returns the counter."
+    count = [0]
+    def hurt(real):
+        def call(*args, **kwargs):
+            count[0] += 1
+            if count[0] == k: raise Crash
+            return real(*args, **kwargs)
+        return call
+    for name in ("fsync", "replace"): monkeypatch.setattr(os, name, hurt(getattr(os, name)))
+    return count
+
+
+def test_crash_at_every_write(survey, more, longer, tmp_path, monkeypatch):
+    k, crashes, undone, want, old = 0, 0, 0, content(longer.path), content(survey.path)
+    while True:
+        k += 1
+        path = shutil.copytree(survey.path, tmp_path / f"s{k}")
+        with monkeypatch.context() as m:
+            count = calls_until_crash(m, k)
+            try: append_survey(path, more)
+            except Crash: crashes += 1
+        if count[0] < k: break
+        grown = (path / "survey.json").read_bytes() == want["survey.json"]
+        assert grown or (path / "survey.json").read_bytes() == old["survey.json"]      # never anything between
+        twin = shutil.copytree(path, tmp_path / "twin")
+        assert content(Survey.recover(twin).path) == (want if grown else old) and not [*twin.glob(".*")]
+        shutil.rmtree(twin)
+        if grown: assert len(Survey.open(path)) == N + M
+        elif content(path) != old or (path / ".append").exists():
+            undone += 1
+            with pytest.raises(BadInput, match="append_survey.*Survey.recover"): Survey.open(path)
+        assert len(append_survey(path, more)) == N + M and content(path) == want and not [*path.glob(".*")]
+        shutil.rmtree(path)
+    assert crashes == k - 1 >= 15 and undone >= 8 and content(path) == want
+
+
+def test_crash_while_undoing(survey, more, longer, tmp_path, monkeypatch):
+    old = content(survey.path)
+    for k in range(1, 30):
+        path = shutil.copytree(survey.path, tmp_path / f"s{k}")
+        with monkeypatch.context() as m:
+            calls_until_crash(m, 14)                                 # well inside: arrays are longer, a table may be new
+            with pytest.raises(Crash): append_survey(path, more)
+        with monkeypatch.context() as m:
+            count = calls_until_crash(m, k)
+            try: Survey.recover(path)
+            except Crash: pass
+        assert content(Survey.recover(path).path) == old and Survey.open(path).verify()
+        shutil.rmtree(path)
+        if count[0] < k: break
+    assert k > 8
+
+
+KILLED_APPEND = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import spectranb.data.survey as module
+other = module.Survey.open({other!r})
+real = os.fsync, os.replace
+def slow(f):
+    def call(*args):
+        time.sleep(0.002); return f(*args)
+    return call
+os.fsync, os.replace = map(slow, real)
+print("ready", flush=True)
+module.append_survey(Path({path!r}), other)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_sigkill_at_random_moments(copied, more, longer):
+    rng, kills, tests = np.random.default_rng(0), 0, os.path.dirname(__file__)
+    for attempt in range(40):
+        code = KILLED_APPEND.format(tests=tests, other=str(more.path), path=str(copied))
+        if kills >= 6: break
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0, 0.08)); process.kill()
+        if "done" in process.communicate()[0]: break
+        kills += 1
+        described = len(longer) if (copied / "survey.json").read_bytes() == (longer.path / "survey.json").read_bytes() else N
+        if described == len(longer): break
+    assert kills >= 1
+    append_survey(copied, more) if described == N else Survey.recover(copied)
+    assert content(copied) == content(longer.path) and Survey.open(copied).verify()
+
+
+def test_two_appends_at_once(copied, more, monkeypatch):
+    real = os.fsync
+    def meanwhile(fd):
+        monkeypatch.setattr(os, "fsync", real)
+        for attempt in (lambda: append_survey(copied, more)), (lambda: Survey.recover(copied)):
+            with pytest.raises(BadInput, match="another process is appending"): attempt()
+        return real(fd)
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    assert len(append_survey(copied, more)) == N + M and os.fsync is real
+
+
+def test_readers_keep_what_they_opened(copied, more):
+    early = Survey.open(copied)
+    append_survey(copied, more)
+    assert len(early) == N and len(early.catalog) == len(early.truth) == len(early.cutouts) == len(early.arrays["clean"]) == N
+    assert np.array_equal(early.spectra, chunk(0, N)["flux"].astype(np.float32)) and isinstance(early.spectra, np.memmap)
+    assert len(pickle.loads(pickle.dumps(early))) == N + M           # a new process opens the survey as it is now
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_any_flipped_bit_is_found_after_an_append(longer, name, where, bit): test_any_flipped_bit_is_found.hypothesis.inner_test(longer, name, where, bit)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_flipped_header_or_lost_tail_is_found(longer, tmp_path, name):
+    path = shutil.copytree(longer.path, tmp_path / "s")
+    raw = (path / name).read_bytes()
+    (path / name).write_bytes(raw[:20] + bytes([raw[20] ^ 1]) + raw[21:])
+    with pytest.raises(BadInput, match=name): longer.__class__(path, longer.info).verify()
+    with pytest.raises(BadInput, match=name): Survey.open(path)
+    (path / name).write_bytes(raw + b"x")
+    with pytest.raises(BadInput, match=name): Survey.open(path)
+
+
+def test_rejects_are_joined(tmp_path):
+    rejects = lambda *ids: dict(rejects=pd.DataFrame(dict(object_id=list(ids), reason="no z band")))
+    a, b, c = part(tmp_path / "a", 0, 3, lists=rejects("x", "y")), part(tmp_path / "b", 5, 3), part(tmp_path / "c", 9, 3, lists=rejects("z"))
+    a.append(b).append(c)
+    assert a.tables["rejects"]["object_id"].tolist() == ["x", "y", "z"] and len(a) == 9 and len(a.truth) == 9
+    assert a.summary(plot=False).loc["rejects"].item() == "3; 3 × no z band"
+    b = part(tmp_path / "d", 20, 3).append(part(tmp_path / "e", 30, 3, lists=rejects("w")))
+    assert b.tables["rejects"]["object_id"].tolist() == ["w"] and b.verify()
+
+
+# ---- repeats ----
+
+def test_duplicates_against_brute_force(tmp_path):
+    from astropy.coordinates import SkyCoord
+    rng = np.random.default_rng(3)
+    ra, dec = rng.uniform(0, 360, 200), np.degrees(np.arcsin(rng.uniform(-1, 1, 200)))
+    ra[:2], dec[:2] = [359.9999, 0.0001], 0.0                       # 0.72″ apart, across 0h
+    copies = rng.choice(np.arange(2, 200), 40, replace=False)
+    shift = SkyCoord(ra[copies], dec[copies], unit="deg").directional_offset_by(rng.uniform(0, 360, 40) * u.deg, rng.uniform(0, 3, 40) * u.arcsec)
+    ra, dec = np.append(ra, shift.ra.deg), np.append(dec, shift.dec.deg)
+    w, c = SurveyWriter(tmp_path / "s", 240, size=0), chunk(0, 240)
+    w.write(0, c["rows"].assign(ra=ra, dec=dec), c["flux"], c["ivar"])
+    s = w.finish()
+    found = s.duplicates()
+    sky = SkyCoord(ra, dec, unit="deg")
+    separation = sky[:, None].separation(sky[None]).arcsec
+    twins = {tuple(p) for p in np.argwhere(np.triu(separation < 1.5, 1)).tolist()}
+    assert {tuple(g["row"]) for _, g in found.groupby("group")} == twins and (0, 1) in twins and 10 < len(twins) < 35
+    second = found.groupby("group").nth(1)
+    assert np.allclose(second["separation"], [separation[p] for p in sorted(twins)], atol=1e-5)
+    assert found["object_id"].tolist() == s.catalog["object_id"].iloc[found["row"]].tolist()
+    train, valid = s.split()
+    side = np.isin(np.arange(240), train)
+    assert all(side[a] == side[b] for a, b in s.duplicates(radius=30.0).groupby("group")["row"].agg(list))   # no repeat astride the split
+
+
+def test_duplicates_are_chained(tmp_path):
+    w, c = SurveyWriter(tmp_path / "s", 5, size=0), chunk(0, 5)
+    w.write(0, c["rows"].assign(ra=10.0, dec=np.array([0, 1, 2, 50, 51.4]) / 3600), c["flux"], c["ivar"])
+    found = w.finish().duplicates()
+    assert found["group"].tolist() == [0, 0, 0, 1, 1] and np.allclose(found["separation"], [0, 1, 2, 0, 1.4], atol=1e-6)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FLOAT16_MAX', 'HEAD_BYTES', 'REQUIRED_COLUMNS', 'to_float16', 'file_checksum', 'describe_file', 'SurveyWriter',
-           'Survey', 'sky_cell', 'split_sky', 'split_random']
+           'Survey', 'npy_header', 'append_survey', 'sky_cell', 'split_sky', 'split_random']
 
 # %% ../../nbs/04_data.survey.ipynb #daac9c4d
-import hashlib, json, os, shutil
+import fcntl, hashlib, io, json, os, shutil
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def describe_file(
     return dict(bytes=os.path.getsize(path), sha256=file_checksum(path), sha256_head=file_checksum(path, HEAD_BYTES))
 
 # %% ../../nbs/04_data.survey.ipynb #91c97037
+def _layout(info):
+    "The arrays of a survey: `{name: (dtype, shape)}`, from n, size and arrays of its description."
+    n, size = info["n"], info["size"]
+    arrays = {"spectra": ("<f4", (n, N_WAVE)), "ivar": ("<f4", (n, N_WAVE))}
+    if size: arrays["cutouts"] = ("<f2", (n, len(BANDS), size, size))
+    return arrays | {k: ("<f4", (n, *v)) for k, v in info["arrays"].items()}
+
+# %% ../../nbs/04_data.survey.ipynb #a2b92b47
 class SurveyWriter:
     "Writes a survey chunk by chunk into `<path>.partial/`; a second writer with the same arguments resumes it."
     def __init__(self,
@@ -76,9 +85,7 @@ class SurveyWriter:
     @property
     def layout(self):               # file name -> dtype and shape
         "The arrays of the survey: `{name: (dtype, shape)}`."
-        arrays = {"spectra": ("<f4", (self.n, N_WAVE)), "ivar": ("<f4", (self.n, N_WAVE))}
-        if self.size: arrays["cutouts"] = ("<f2", (self.n, len(BANDS), self.size, self.size))
-        return arrays | {k: ("<f4", (self.n, *v)) for k, v in self.settings["arrays"].items()}
+        return _layout(self.settings)
 
 # %% ../../nbs/04_data.survey.ipynb #4bebba9c
 @patch
@@ -198,16 +205,33 @@ def _join_tables(self:SurveyWriter):
         with atomic_write(self.partial / f"{name}.parquet") as tmp: table.to_parquet(tmp, index=False)
 
 # %% ../../nbs/04_data.survey.ipynb #0c5f69e9
+def _sync(path):
+    "Ask the system to put a file, or the names in a folder, on the disk."
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def _write_table(path, table):
+    "Replace a table at one instant."
+    with atomic_write(path) as tmp:
+        table.to_parquet(tmp, index=False)
+        _sync(tmp)
+
+# %% ../../nbs/04_data.survey.ipynb #5677d0bf
 @patch
-def finish(self:SurveyWriter):      # the `Survey`, opened
+def finish(self:SurveyWriter,
+    lists:dict=None,                # tables that do not go galaxy by galaxy, e.g. dict(rejects=DataFrame)
+):                                  # the `Survey`, opened
     "Join the tables, write `survey.json`, and give the folder its name. `BadInput` if rows are missing."
     if left := self.todo(self.n):
         raise BadInput(self.path, f"rows {left} are not written", "Write the chunks of todo() first.")
     if not (self.partial / "survey.json").exists():
         self._join_tables()
+        for name, table in (lists or {}).items(): _write_table(self.partial / f"{name}.parquet", table)
         files = sorted([*self.partial.glob("*.npy"), *self.partial.glob("*.parquet")])
         write_json(self.partial / "survey.json", dict(
-            format="spectranb survey", version=1, **self.settings, bands=BANDS, pixel_scale_arcsec=PIXEL_SCALE,
+            format="spectranb survey", version=1, **self.settings, **(dict(lists=sorted(lists)) if lists else {}),
+            bands=BANDS, pixel_scale_arcsec=PIXEL_SCALE,
             units=dict(cutouts="AB nanomaggy per pixel", spectra="1e-17 erg/s/cm2/Å divided by the catalogue's norm",
                        ivar="1/spectra²", ra="degree, ICRS", dec="degree, ICRS"),
             grid=dict(loglam0=LOGLAM0, dloglam=DLOGLAM, n=N_WAVE, frame="rest", medium="vacuum", unit="log10 Å"),
@@ -229,6 +253,18 @@ def _read_info(path):
     if not isinstance(info, dict) or info.get("format") != "spectranb survey" or info.get("version") != 1:
         raise BadInput(path / "survey.json", "does not describe a survey of version 1")
     return info
+
+def _check_whole(path, info):
+    "Refuse a survey to which somebody is adding, or began to add."
+    journal = _journal(path)
+    if journal and journal["n"] != info["n"]:
+        raise BadInput(path, f"galaxies {info['n']:,} to {journal['n']:,} are being appended, or that was interrupted",
+                       "Wait, repeat it with append_survey, or undo it with Survey.recover(path).")
+
+def _journal(path):
+    "What an append noted before it began, None if there was none."
+    try: return json.loads((path / ".append" / "journal.json").read_text())
+    except FileNotFoundError: return None
 
 def _check_files(path, files):
     "Refuse a folder whose files are not those that `survey.json` describes."
@@ -252,6 +288,7 @@ class Survey:
     ):                              # `Survey`
         "Open a survey without reading it. `BadInput` names a file that is missing, foreign or of the wrong length."
         info = _read_info(Path(path))
+        _check_whole(Path(path), info)
         _check_files(Path(path), info["files"])
         return cls(path, info)
 
@@ -259,11 +296,14 @@ class Survey:
     def __reduce__(self): return Survey.open, (self.path,)
     def __repr__(self): return f"Survey({str(self.path.name)!r}: {len(self):,} galaxies, cutouts {self.size or 'none'})"
 
-    def _array(self, name): return np.load(self.path / f"{name}.npy", mmap_mode="r")
+    def _array(self, name): return np.load(self.path / f"{name}.npy", mmap_mode="r")[:len(self)]
+    def _table(self, name):         # a table may have grown since the survey was opened
+        table = pd.read_parquet(self.path / f"{name}.parquet")
+        return table if name in self.info.get("lists", ()) else table.iloc[:len(self)]
     @property
     def size(self): return self.info["size"]
     @cached_property
-    def catalog(self): return pd.read_parquet(self.path / "catalog.parquet")
+    def catalog(self): return self._table("catalog")
     @cached_property
     def spectra(self): return self._array("spectra")
     @cached_property
@@ -274,17 +314,210 @@ class Survey:
     def arrays(self): return {name: self._array(name) for name in self.info["arrays"]}
     @cached_property
     def tables(self):
-        return {f.stem: pd.read_parquet(f) for f in sorted(self.path.glob("*.parquet")) if f.stem != "catalog"}
+        return {name: self._table(name) for name in self._table_names if name != "catalog"}
+    @property
+    def _table_names(self): return [Path(f).stem for f in self.info["files"] if f.endswith(".parquet")]
     @property
     def truth(self): return self.tables.get("truth")
 
 # %% ../../nbs/04_data.survey.ipynb #24e7d712
+def npy_header(
+    dtype,                          # e.g. "<f2"
+    shape,                          # of the array
+)->bytes:
+    "What stands before the rows in a `.npy` file of version 1: its length is the same for any number of rows."
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=tuple(shape)))
+    return out.getvalue()
+
+def _read_part(f, header, n_bytes, write=lambda piece: None):
+    "SHA-256 of `header` and the next `n_bytes` of the open file `f`; what is read is handed to `write`."
+    digest = hashlib.sha256(header)
+    while n_bytes and (piece := f.read(min(n_bytes, 1 << 22))):
+        write(piece); digest.update(piece); n_bytes -= len(piece)
+    return digest.hexdigest()
+
+# %% ../../nbs/04_data.survey.ipynb #20d00230
+@patch
+def _parts(self:Survey, name):
+    "The pieces that the array `name` was put together from: rows, checksum, header and bytes of each as its own file."
+    known, (dtype, shape) = self.info["files"][f"{name}.npy"], _layout(self.info)[name]
+    row = np.dtype(dtype).itemsize * int(np.prod(shape[1:]))
+    return [dict(p, header=npy_header(dtype, (p["n"], *shape[1:])), n_bytes=p["n"] * row)
+            for p in known.get("parts", [dict(n=len(self), sha256=known["sha256"])])]
+
+@patch
+def _intact(self:Survey, file):
+    "Whether a file is what `survey.json` describes, to the byte."
+    known = self.info["files"][file]
+    if "parts" not in known: return file_checksum(self.path / file) == known["sha256"]
+    name = Path(file).stem
+    header = npy_header(*_layout(self.info)[name])
+    with open(self.path / file, "rb") as f:
+        return f.read(len(header)) == header and all(_read_part(f, p["header"], p["n_bytes"]) == p["sha256"]
+                                                     for p in self._parts(name)) and not f.read(1)
+
+# %% ../../nbs/04_data.survey.ipynb #6dcfa83c
 @patch
 def verify(self:Survey):            # names of the files, all of them intact
     "Read every byte and compare checksums; `BadInput` names the files that have changed."
-    bad = [name for name, known in self.info["files"].items() if file_checksum(self.path / name) != known["sha256"]]
+    bad = [name for name in self.info["files"] if not self._intact(name)]
     if bad: raise BadInput(self.path, f"changed since it was written: {', '.join(bad)}", "Copy or make the survey again.")
     return list(self.info["files"])
+
+# %% ../../nbs/04_data.survey.ipynb #9229a0f0
+@contextmanager
+def _locked(path):
+    "Hold the folder against other appends; the system frees it when the process ends, however it ends."
+    try: fd = os.open(path, os.O_RDONLY)
+    except OSError: raise BadInput(path, "is not a survey: there is no such folder", "Check the path.") from None
+    try:
+        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError: raise BadInput(path, "another process is appending to it", "Wait until it has finished.") from None
+        yield
+    finally: os.close(fd)
+
+def _names(ids, most=5): return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+
+def _same(path, what, ours, theirs):
+    if ours != theirs: raise BadInput(path, f"{what} {theirs} do not fit {ours}", "Only surveys of one kind can be joined.")
+
+# %% ../../nbs/04_data.survey.ipynb #dc4f51ca
+@patch
+def _check_appendable(self:Survey, other):
+    "Refuse what does not fit, before a byte is written."
+    for key in "size", "arrays", "bands", "grid", "units", "pixel_scale_arcsec": _same(other.path, key, self.info[key], other.info[key])
+    by_row = lambda s: sorted(set(s._table_names) - set(s.info.get("lists", ())))
+    _same(other.path, "tables", by_row(self), by_row(other))
+    _same(other.path, "simulated and real galaxies:", *(bool(s.info["provenance"].get("simulated")) for s in (self, other)))
+    for name in by_row(self): _same(other.path, f"columns of {name}", *(sorted(s._table(name).columns) for s in (self, other)))
+    twice = other.catalog["object_id"][other.catalog["object_id"].isin(self.catalog["object_id"])].tolist()
+    if twice: raise BadInput(other.path, f"{len(twice)} of its galaxies are in {self.path} already: {_names(twice)}",
+                             "Leave them out of the survey that is appended.")
+    for survey in self, other:
+        for name, (dtype, shape) in _layout(survey.info).items():
+            with open(survey.path / f"{name}.npy", "rb") as f: header = f.read(128)
+            if not header.startswith(npy_header(dtype, shape)):
+                raise BadInput(survey.path / f"{name}.npy", "has a header that cannot be extended", "Write it again by SurveyWriter.")
+    need, free = sum(f["bytes"] for f in other.info["files"].values()), shutil.disk_usage(self.path).free
+    if need > free: raise BadInput(self.path, f"needs {need / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free", "Make room first.")
+
+# %% ../../nbs/04_data.survey.ipynb #440724d7
+def _fingerprint(survey): return hashlib.sha256(json.dumps(survey.info["files"], sort_keys=True).encode()).hexdigest()
+
+@patch
+def _begin_append(self:Survey, other):
+    "Put the old tables and a journal aside, under their name only when they are on the disk."
+    new, folder = self.path / ".append.new", self.path / ".append"
+    for old in new, folder: shutil.rmtree(old, ignore_errors=True)
+    new.mkdir()
+    for name in self._table_names: shutil.copyfile(self.path / f"{name}.parquet", new / f"{name}.parquet")
+    (new / "journal.json").write_text(json.dumps(dict(n=len(self) + len(other), other=_fingerprint(other))))
+    for file in *new.iterdir(), new: _sync(file)
+    os.replace(new, folder)
+    _sync(self.path)
+
+@patch
+def _append_rows(self:Survey, other, name):
+    "Copy the rows of one array to the end of ours, then rewrite the header; the parts as `survey.json` lists them."
+    file, source, (dtype, shape) = self.path / f"{name}.npy", other.path / f"{name}.npy", _layout(self.info)[name]
+    header = npy_header(dtype, (len(self) + len(other), *shape[1:]))
+    with open(file, "r+b") as f, open(source, "rb") as g:
+        f.seek(self.info["files"][file.name]["bytes"]); g.seek(len(header))
+        for part in other._parts(name):
+            if _read_part(g, part["header"], part["n_bytes"], f.write) != part["sha256"]:
+                raise BadInput(source, "changed since it was written", "Copy or make that survey again.")
+        f.flush(); os.fsync(f.fileno())
+        f.seek(0); f.write(header)
+        f.flush(); os.fsync(f.fileno())
+    parts = [dict(n=p["n"], sha256=p["sha256"]) for p in (*self._parts(name), *other._parts(name))]
+    whole = hashlib.sha256("".join(p["sha256"] for p in parts).encode()).hexdigest()
+    return dict(bytes=file.stat().st_size, sha256=whole, sha256_head=file_checksum(file, HEAD_BYTES), parts=parts)
+
+# %% ../../nbs/04_data.survey.ipynb #bcc35841
+@patch
+def _append_tables(self:Survey, other):
+    "Replace every table by the longer one."
+    for name in sorted({*self._table_names, *other._table_names}):
+        pieces = [s._table(name) for s in (self, other) if name in s._table_names]
+        _write_table(self.path / f"{name}.parquet", pd.concat(pieces, ignore_index=True))
+
+@patch
+def _appended_info(self:Survey, other, files):
+    "The description of the longer survey."
+    own_parts = lambda s: s.info.get("parts", [dict(n=len(s), provenance=s.info["provenance"])])
+    lists = sorted({*self.info.get("lists", ()), *other.info.get("lists", ())})
+    return self.info | dict(n=len(self) + len(other), parts=own_parts(self) + own_parts(other),
+                            files=dict(sorted(files.items()))) | (dict(lists=lists) if lists else {})
+
+def _write_info(path, info):
+    "Replace `survey.json` at one instant; what it describes is on the disk by then."
+    _sync(path)
+    with atomic_write(path / "survey.json") as tmp:
+        tmp.write_text(json.dumps(info, indent=1) + "\n")
+        _sync(tmp)
+    _sync(path)
+
+# %% ../../nbs/04_data.survey.ipynb #879f1d17
+def _roll_back(path):
+    "Bring an interrupted append to an end: clean up after a finished one, undo an unfinished one. Its journal, if any."
+    journal, info = _journal(path), _read_info(path)
+    if journal and journal["n"] != info["n"]:
+        for name, (dtype, shape) in _layout(info).items():
+            with open(path / f"{name}.npy", "r+b") as f:
+                f.truncate(info["files"][f"{name}.npy"]["bytes"])
+                f.write(npy_header(dtype, shape))
+                f.flush(); os.fsync(f.fileno())
+        old = {f.name for f in (path / ".append").glob("*.parquet")}
+        for name in old:
+            with atomic_write(path / name) as tmp: shutil.copyfile(path / ".append" / name, tmp); _sync(tmp)
+        for file in path.glob("[!.]*.parquet"):
+            if file.name not in old: file.unlink()                   # a list that the longer survey alone had
+        _sync(path)
+    (path / ".append" / "journal.json").unlink(missing_ok=True)
+    for pattern in ".*.parquet.*.tmp.parquet", ".survey.json.*.tmp.json":
+        for rest in path.glob(pattern): rest.unlink()                # of a file that was being written
+    for rest in ".append", ".append.new": shutil.rmtree(path / rest, ignore_errors=True)
+    return journal
+
+@patch(cls_method=True)
+def recover(cls:Survey,
+    path,                           # folder
+):                                  # `Survey`: the longer one if the append had finished, else the old one
+    "Open a survey whose growing was interrupted, as it was before."
+    path = Path(path)
+    with _locked(path): _roll_back(path)
+    return Survey.open(path)
+
+# %% ../../nbs/04_data.survey.ipynb #50e6cfb5
+def append_survey(
+    path,                           # folder of the survey that grows
+    other:Survey,                   # a finished survey of the same size, arrays and grid, with other galaxies
+)->Survey:                          # the longer survey, opened
+    "Add all galaxies of `other` in place. An interrupted call can be repeated; `BadInput` names galaxies that are there already."
+    path = Path(path)
+    with _locked(path):
+        journal = _roll_back(path)
+        survey = Survey.open(path)
+        if journal and journal["n"] == len(survey) and journal["other"] == _fingerprint(other): return survey    # it had finished
+        survey._check_appendable(other)
+        survey._begin_append(other)
+        try:
+            files = {f"{name}.npy": survey._append_rows(other, name) for name in _layout(survey.info)}
+            survey._append_tables(other)
+            files |= {f.name: describe_file(f) for f in sorted(path.glob("[!.]*.parquet"))}
+            _write_info(path, survey._appended_info(other, files))
+        except BadInput: _roll_back(path); raise
+        _roll_back(path)                                             # nothing to undo any more: removes the journal
+    return Survey.open(path)
+
+@patch
+def append(self:Survey,
+    other:Survey,                   # as for `append_survey`
+)->Survey:                          # self, longer
+    "Add all galaxies of another survey in place."
+    self.__dict__ = append_survey(self.path, other).__dict__
+    return self
 
 # %% ../../nbs/04_data.survey.ipynb #862e9729
 def sky_cell(
@@ -303,13 +536,19 @@ def _cell_numbers(cells, seed):
     return np.array(draw)[where]
 
 # %% ../../nbs/04_data.survey.ipynb #aea96084
+def _unit_vectors(ra, dec):
+    ra, dec = np.radians(np.asarray(ra, float)), np.radians(np.asarray(dec, float))
+    return np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=-1)
+
+def _sky_groups(ra, dec, radius):
+    "A group number (N,) for each position; groups are chained by separations below `radius` arcsec."
+    pairs = cKDTree(_unit_vectors(ra, dec)).query_pairs(2 * np.sin(np.radians(radius / 3600) / 2), output_type="ndarray")
+    graph = coo_matrix((np.ones(len(pairs)), pairs.T), shape=(len(ra), len(ra)))
+    return connected_components(graph, directed=False)[1]
+
 def _join_neighbours(ra, dec, train, radius):
     "Extend the boolean `train` over groups of positions chained by separations below `radius` arcsec."
-    ra, dec = np.radians(ra), np.radians(dec)
-    xyz = np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=-1)
-    pairs = cKDTree(xyz).query_pairs(2 * np.sin(np.radians(radius / 3600) / 2), output_type="ndarray")
-    graph = coo_matrix((np.ones(len(pairs)), pairs.T), shape=(len(ra), len(ra)))
-    _, group = connected_components(graph, directed=False)
+    group = _sky_groups(ra, dec, radius)
     return np.bincount(group, weights=train)[group] > 0
 
 # %% ../../nbs/04_data.survey.ipynb #3ca47c20
@@ -355,12 +594,40 @@ def split(self:Survey,
     return train, valid
 
 # %% ../../nbs/04_data.survey.ipynb #fbb72dfb
+@patch
+def duplicates(self:Survey,
+    radius:float=1.5,               # arcsec
+):                                  # DataFrame: group, row, object_id, ra, dec, separation (arcsec, from the group's first row)
+    "Rows that are one galaxy: groups chained by separations below `radius`. Empty if there are none."
+    rows = self.catalog[["object_id", "ra", "dec"]].reset_index(names="row")
+    group = _sky_groups(rows["ra"], rows["dec"], radius)
+    rows = rows.assign(group=group)[np.bincount(group)[group] > 1].sort_values(["group", "row"], ignore_index=True)
+    first = rows.groupby("group")[["ra", "dec"]].transform("first")
+    chord = np.linalg.norm(_unit_vectors(rows["ra"], rows["dec"]) - _unit_vectors(first["ra"], first["dec"]), axis=1)
+    rows["separation"] = np.degrees(2 * np.arcsin(chord / 2)) * 3600
+    rows["group"] = pd.factorize(rows["group"])[0]
+    return rows[["group", "row", "object_id", "ra", "dec", "separation"]]
+
+# %% ../../nbs/04_data.survey.ipynb #be17d32e
 def _percentiles(values):
     "'median (16 %-84 %)' of the finite values."
     values = np.asarray(values, float)
     if not np.isfinite(values).any(): return "none"
     low, mid, high = np.nanpercentile(values[np.isfinite(values)], [16, 50, 84])
     return f"{mid:.4g} ({low:.4g} to {high:.4g})"
+
+@patch
+def _summary_quality(self:Survey):
+    "Repeats, flags and rejects, for `summary`."
+    twice = self.duplicates()
+    rows = {"galaxies seen again (1.5″)": f"{twice['group'].nunique():,}, in {len(twice):,} rows" if len(twice) else "none"}
+    flags = [c for c in self.catalog if c.startswith("flag_") and self.catalog[c].dtype == bool]
+    rows |= {c: f"{self.catalog[c].mean():.2%}" for c in flags}
+    if "rejects" in self.tables:
+        rejects = self.tables["rejects"]
+        reasons = rejects["reason"].value_counts().head(3) if "reason" in rejects else {}
+        rows["rejects"] = f"{len(rejects):,}" + "".join(f"; {n:,} × {reason}" for reason, n in reasons.items())
+    return rows
 
 @patch
 def _summary_table(self:Survey, sample):
@@ -373,7 +640,7 @@ def _summary_table(self:Survey, sample):
     if self.size:
         rows["pixels without data"] = f"{np.mean(np.isnan(self.cutouts[sample])):.2%}"
         rows["galaxies with clipped pixels"] = f"{int((self.catalog['n_clipped'] > 0).sum()):,}"
-    return pd.DataFrame({"median (16 % to 84 %)": rows})
+    return pd.DataFrame({"median (16 % to 84 %)": rows | self._summary_quality()})
 
 # %% ../../nbs/04_data.survey.ipynb #8209077c
 @patch
