@@ -1,19 +1,31 @@
 "Reading, rebinning and filling spectra: properties, variants of the file, damage."
+import pickle
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 from astropy.io import fits
 from hypothesis import given, settings, strategies as st
 
 from spectranb.core import REST_EDGES, REST_WAVELENGTH, BadInput, real_dir
 from spectranb.data.catalog import specobjid_encode
-from spectranb.data.spectra import (GapBasis, check_galaxy, fit_gap_basis, infill, masked_ivar, normalise, read_galaxies,
-                                    read_sdss_spectrum, rebin_to_rest, to_rest_frame, zwarning_text)
+from spectranb.data.spectra import (GapBasis, check_galaxy, check_spectrum_file, fit_gap_basis, infill, masked_ivar, normalise, read_astroml_npz, read_galaxies, read_npz,
+                                    read_published_npz, read_sdss_spectrum, rebin_to_rest, spectrum_name, spectrum_requests, spectrum_urls, to_rest_frame, zwarning_text)
+from spectranb.download import Archives
 
 LOGLAM = 3.58 + 1e-4 * np.arange(3840)
 EDGES = 10 ** (3.58 + 1e-4 * (np.arange(3841) - 0.5))
 Z = st.floats(0.0, 0.36)
+sprung = []
+
+
+def spring(): sprung.append(1)
+
+
+class Trap:
+    "Unpickling it is noticed."
+    def __reduce__(self): return spring, ()
 
 
 def spec_file(path, n=3840, capitals=False, table="SPECOBJ", id_as="text", coeff0=True, loglam0=3.5804, named=True, extra=False, drop=(), **values):
@@ -33,10 +45,11 @@ def spec_file(path, n=3840, capitals=False, table="SPECOBJ", id_as="text", coeff
     row = dict(plate=("J", [v["plate"]]), mjd=("J", [v["mjd"]]), fiberid=("J", [v["fiberid"]]), run2d=("10A", [v["run2d"]]), z=("E", [v["z"]]), zwarning=("J", [v["zwarning"]]),
                plug_ra=("D", [v["plug_ra"]]), plug_dec=("D", [v["plug_dec"]]), sn_median_all=("E", [10.0]), **{"class": ("8A", [v["cls"]])}) | ({"specobjid": ids} if ids else {})
     spall = fits.BinTableHDU.from_columns([fits.Column(case(k), f, array=np.array(a)) for k, (f, a) in row.items()], name=table if named else "")
+    lines = fits.BinTableHDU.from_columns([fits.Column("LINENAME", "13A", array=["H_alpha"])], name="SPZLINE" if named else "")
     primary = fits.PrimaryHDU()
     if coeff0: primary.header.update(COEFF0=3.5785, COEFF1=1e-4)
     more = [fits.BinTableHDU.from_columns([fits.Column("flux", "E", array=np.zeros(3))], name="B1-1")] if extra else []
-    fits.HDUList([primary, coadd, spall, *more]).writeto(path, overwrite=True)
+    fits.HDUList([primary, coadd, spall, lines, *more]).writeto(path, overwrite=True)
     return path
 
 
@@ -276,3 +289,226 @@ def test_real_repeats_agree():
         good = (v > 0) & (w > 0)
         ratio = (f / np.where(g == 0, 1, g))[good]
         assert np.median(np.abs(ratio / np.median(ratio) - 1)) < 0.02
+
+
+# addresses, requests, checks of what comes back
+
+SAS = "https://data.sdss.org/sas"
+LEGACY = dict(plate=266, mjd=51602, fiberid=1, run2d="26")
+BOSS = dict(plate=10000, mjd=57346, fiberid=7, run2d="v5_13_2")          # a plate of five digits
+FIELD = dict(field=15000, mjd=59146, catalogid="4375786564", run2d="v6_0_4")
+
+
+@pytest.mark.parametrize("row, release, lite, first, second", [                 # after the table of folders in SDSS's own documentation and astroquery
+    (LEGACY, "DR9", True, "dr9/sdss/spectro/redux/26/spectra/lite/0266/spec-0266-51602-0001.fits", "dr9/boss/"),
+    (LEGACY, "DR17", True, "dr17/sdss/spectro/redux/26/spectra/lite/0266/spec-0266-51602-0001.fits", "dr17/eboss/"),
+    (LEGACY, "dr17", False, "dr17/sdss/spectro/redux/26/spectra/0266/spec-0266-51602-0001.fits", "dr17/eboss/"),
+    (BOSS | dict(run2d="v5_7_0"), "DR12", True, "dr12/boss/spectro/redux/v5_7_0/spectra/lite/10000/spec-10000-57346-0007.fits", "dr12/sdss/"),
+    (BOSS | dict(run2d="v5_9_0"), "DR13", True, "dr13/eboss/spectro/redux/v5_9_0/spectra/lite/10000/spec-10000-57346-0007.fits", "dr13/sdss/"),
+    (BOSS | dict(run2d="v5_10_0"), 15, False, "dr15/eboss/spectro/redux/v5_10_0/spectra/10000/spec-10000-57346-0007.fits", "dr15/sdss/"),
+    (BOSS, "DR16", False, "dr16/eboss/spectro/redux/v5_13_2/spectra/full/10000/spec-10000-57346-0007.fits", "dr16/sdss/"),
+    (BOSS, "DR17", True, "dr17/eboss/spectro/redux/v5_13_2/spectra/lite/10000/spec-10000-57346-0007.fits", "dr17/sdss/"),
+    (BOSS, "DR18", False, "dr18/spectro/sdss/redux/v5_13_2/spectra/full/10000/spec-10000-57346-0007.fits", "dr18/spectro/boss/"),
+    (LEGACY, "DR18", False, "dr18/spectro/sdss/redux/26/spectra/0266/spec-0266-51602-0001.fits", "dr18/spectro/boss/"),
+    (FIELD, "DR18", True, "dr18/spectro/sdss/redux/v6_0_4/spectra/lite/15000p/59146/spec-15000-59146-04375786564.fits", "dr18/spectro/boss/"),
+    (FIELD, "DR18", False, "dr18/spectro/sdss/redux/v6_0_4/spectra/full/15000p/59146/spec-15000-59146-04375786564.fits", "dr18/spectro/boss/"),
+    (FIELD | dict(run2d="v6_1_3"), "DR19", True, "dr19/spectro/boss/redux/v6_1_3/spectra/lite/015000/59146/spec-015000-59146-4375786564.fits", "dr19/spectro/sdss/")])
+def test_addresses(row, release, lite, first, second):
+    urls = spectrum_urls(row, release, lite)
+    assert urls[0] == f"{SAS}/{first}" and urls[1].startswith(f"{SAS}/{second}") and len(set(urls)) == len(urls)
+    assert spectrum_urls(row, release, lite, Archives.at("http://127.0.0.1:9"))[0] == f"http://127.0.0.1:9/sas/{first}"
+
+
+def test_an_id_is_enough_and_rows_of_any_kind_will_do():
+    want = spectrum_urls(LEGACY)
+    for row in (dict(object_id="299489676975171584"), dict(object_id="299489676975171584", plate=np.nan, run2d=None), LEGACY | dict(run2d=26), LEGACY | dict(run2d=26.0, plate=266.0),
+                pd.Series(LEGACY), pd.DataFrame([LEGACY]).iloc[0], {k: str(v) for k, v in LEGACY.items()}, LEGACY | dict(object_id="my galaxy")):
+        assert spectrum_urls(row) == want
+    assert "/10000/spec-10000-57346-0007.fits" in spectrum_urls(dict(object_id=specobjid_encode(**BOSS)))[0]
+
+
+@pytest.mark.parametrize("row, release, why", [
+    (dict(object_id="mine"), "DR17", "mine: plate, mjd, fiberid, run2d unknown"), (LEGACY | dict(run2d=np.nan), "DR17", "run2d unknown"), (dict(plate=266, mjd=51602), "DR17", "fiberid, run2d unknown"),
+    (LEGACY | dict(mjd="x"), "DR17", "mjd is 'x', not a whole number"), (LEGACY | dict(plate=-1), "DR17", "not a whole number"), (LEGACY | dict(fiberid=1.5), "DR17", "not a whole number"),
+    (dict(catalogid="4375786564", field=15000, run2d="v6_0_4"), "DR18", "mjd unknown"), (FIELD, "DR17", "of SDSS-V, which DR17 does not hold"),
+    (LEGACY | dict(run2d="v6_0_4"), "DR18", "no field and catalogid"), (LEGACY, "DR8", "DR8: is not a release"), (LEGACY, "final", "not a release"),
+    (LEGACY | dict(object_id="299489676975171584", fiberid=2), "DR17", "packs fiberid 1, but the table says 2")])
+def test_rows_without_an_address(row, release, why):
+    with pytest.raises(BadInput, match=why) as e: spectrum_urls(row, release)
+    assert e.value.remedy
+
+
+def test_requests_of_a_catalogue(tmp_path):
+    ids = [specobjid_encode(266, 51602, f, "26") for f in (1, 2, 3)]
+    catalog = pd.DataFrame(dict(object_id=[*ids, "mine"], ra=0.0))
+    requests = []
+    with pytest.raises(BadInput, match="mine: plate"):
+        for r in spectrum_requests(catalog): requests.append(r)
+    errors = []
+    assert [r.key for r in spectrum_requests(catalog, errors=errors)] == ids == [r.key for r in requests] and [e.name for e in errors] == ["mine"]
+    assert requests[1].path == "0266/spec-0266-51602-0002.fits" and requests[1].object_id == ids[1] and isinstance(requests[1].url, tuple)
+    body = spec_file(tmp_path / "a.fits", fiberid=2).read_bytes()
+    pickle.loads(pickle.dumps(requests[1])).check(body)
+    with pytest.raises(BadInput, match="file is that of 266-51602-2"): requests[0].check(body)
+    fields = next(spectrum_requests(pd.DataFrame([FIELD]), "DR18"))
+    assert fields.key == "15000-59146-04375786564" and fields.path == "15000/spec-15000-59146-04375786564.fits"
+
+
+def test_requests_are_made_as_asked_for():
+    n = 20_000
+    catalog = pd.DataFrame(dict(object_id=specobjid_encode(np.full(n, 266), np.full(n, 51602), np.arange(n) % 640, np.full(n, "26"))))
+    assert sum(1 for _ in spectrum_requests(catalog)) == n and next(spectrum_requests(catalog)).key == catalog["object_id"][0]
+
+
+def test_whole_files_only(tmp_path):
+    body = spec_file(tmp_path / "a.fits", extra=True).read_bytes()
+    right = check_spectrum_file(body, "299489676975171584", **LEGACY)
+    assert np.array_equal(right.flux, read_sdss_spectrum(tmp_path / "a.fits").flux) and right.name == "299489676975171584"
+    with fits.open(tmp_path / "a.fits") as h: ends = [i["datLoc"] + i["datSpan"] for i in (x.fileinfo() for x in h)]
+    for cut in (0, 1, 80, 2879, 2880, *ends[:3], *(e - 2880 for e in ends[1:]), *(e - 1 for e in ends), len(body) // 2):
+        with pytest.raises(BadInput): check_spectrum_file(body[:cut], **LEGACY)
+    for bad, why in ((b"<!DOCTYPE html><html><head><title>503 Service\nUnavailable</title>", "HTML page that says '503 Service"), (b"\n<html>", "HTML page"), (b"", "empty"), (b"not found", "begins b'not found'"),
+                     (body + b"\0" * 2880, "bytes long")):
+        with pytest.raises(BadInput, match=why): check_spectrum_file(bad, **LEGACY)
+
+
+@pytest.mark.parametrize("other", [dict(plate=267), dict(mjd=51603), dict(fiberid=11), dict(run2d="103")])
+def test_anothers_file(tmp_path, other):
+    body = spec_file(tmp_path / "a.fits", **other).read_bytes()
+    for asked in LEGACY, dict(object_id="299489676975171584"):
+        with pytest.raises(BadInput, match="the file is that of"): check_spectrum_file(body, **asked)
+    (key, value), = other.items()
+    check_spectrum_file(body, **LEGACY | other)
+    check_spectrum_file(body, "a user's name", **{k: v for k, v in LEGACY.items() if k != key})
+
+
+def test_a_field_of_sdss_v(tmp_path):
+    body = field_file(tmp_path / "v.fits").read_bytes()
+    s = check_spectrum_file(body, **FIELD)
+    assert s.catalogid == "4375786564" and s.plate == 15000 and to_rest_frame(s)[1].any()
+    for wrong in dict(catalogid="4375786565"), dict(field=15001), dict(mjd=59147):
+        with pytest.raises(BadInput, match="15000-59146-4375786564"): check_spectrum_file(body, **FIELD | wrong)
+
+
+def field_file(path):
+    "A file as SDSS-V lays it out: capitals, no plate and fibre, a 28-digit id."
+    spec_file(path, capitals=True, table="SPALL", id_as="none", run2d="v6_0_4", mjd=59146)
+    with fits.open(path) as h:
+        old = h["SPALL"].data
+        keep = [fits.Column(n, f, array=old[n]) for n, f in zip(old.names, old.columns.formats) if n not in ("PLATE", "FIBERID")]
+        more = [fits.Column("FIELD", "J", array=[15000]), fits.Column("CATALOGID", "K", array=[4375786564]), fits.Column("SPECOBJID", "29A", array=["1234567890123456789012345678"])]
+        fits.HDUList([h[0], h[1], fits.BinTableHDU.from_columns(keep + more, name="SPALL"), h[3]]).writeto(path.with_suffix(".new"))
+    return path.with_suffix(".new")
+
+
+@pytest.mark.skipif(real_dir() is None, reason="the real example spectra are missing")
+def test_the_real_files_pass_their_own_checks_and_no_others():
+    files = sorted((real_dir() / "sdss_spectra").glob("spec-*.fits"))
+    bodies = [f.read_bytes() for f in files]
+    ids = [read_sdss_spectrum(f).object_id for f in files]
+    for i, (f, body) in enumerate(zip(files, bodies)):
+        row = dict(object_id=ids[i])
+        assert all(u.endswith("/" + f.name) for u in spectrum_urls(row)[:2]) and spectrum_name(row) == f.name
+        assert check_spectrum_file(body, ids[i]).object_id == ids[i]
+        with pytest.raises(BadInput, match="the file is that of"): check_spectrum_file(body, ids[i - 1])
+        with pytest.raises(BadInput): check_spectrum_file(body[:-2880], ids[i])
+
+
+# specutils as an independent rebinning
+
+@settings(max_examples=8, deadline=None)
+@given(Z, st.integers(0, 10 ** 6))
+def test_rebin_agrees_with_specutils(z, seed):
+    from astropy import units as u
+    from astropy.nddata import InverseVariance
+    from specutils import Spectrum
+    from specutils.manipulation import FluxConservingResampler
+    rng = np.random.default_rng(seed)
+    loglam = 3.58 + 3e-4 * np.arange(1280)                           # coarse pixels: cheap, and every bin edge cuts one
+    flux, ivar = np.cumsum(rng.normal(size=1280)) + 100, rng.uniform(0.5, 2, 1280)
+    theirs = FluxConservingResampler()(Spectrum(flux=flux * u.Jy, spectral_axis=10 ** loglam * u.AA, uncertainty=InverseVariance(ivar / u.Jy ** 2)), REST_WAVELENGTH * (1 + z) * u.AA)
+    ours, ours_ivar = (a[0] for a in rebin_to_rest(flux[None], ivar[None], loglam, z))
+    inner = np.flatnonzero(ours_ivar)[2:-2]
+    assert len(inner) > 500
+    assert np.allclose(ours[inner], theirs.flux.value[inner], rtol=2e-4)       # its edges are midway in λ, ours in log λ: 1e-4 of a pixel's step
+    assert np.allclose(ours_ivar[inner], theirs.uncertainty.array[inner], rtol=5e-3)
+
+
+# what others have published
+
+def corrected(n=40, p=1000, k=10, coeff0=3.53, coeff1=0.00039, errors=True, seed=0):
+    "Arrays with the names and shapes of astroML's compute_sdss_pca script."
+    rng = np.random.default_rng(seed)
+    mu, evecs = 0.03 + 0.005 * np.sin(np.arange(p) / 60), np.linalg.qr(rng.normal(size=(p, k + 2)))[0].T
+    coeffs, norms = 0.05 * rng.normal(size=(n, k)), rng.uniform(100, 2000, n)
+    mask = rng.random((n, p)) < 0.1
+    whole = (mu + coeffs @ evecs[:k]) * norms[:, None]
+    out = dict(spectra=np.where(mask, 0, whole).astype("f4"), mask=mask, coeff0=coeff0, coeff1=coeff1, spec_cln=np.full(n, 2), lineindex_cln=np.arange(n) % 8,
+               log_NII_Ha=np.zeros(n, "f4"), log_OIII_Hb=np.zeros(n, "f4"), z=rng.uniform(0, 0.36, n).astype("f4"), zerr=np.zeros(n, "f4"), plate=np.full(n, 266), mjd=np.full(n, 51602),
+               fiber=1 + np.arange(n), mu=mu, evecs=evecs, evals=np.ones(k + 2), norms=norms, coeffs=coeffs)
+    if errors: out["spec_err"] = rng.uniform(0.2, 2, (n, p)).astype("f4")
+    return out, whole
+
+
+def test_published_spectra(tmp_path):
+    arrays, whole = corrected()
+    np.savez(tmp_path / "spec64k.npz", **arrays)
+    flux, ivar, table = read_published_npz(tmp_path / "spec64k.npz")
+    assert flux.dtype == np.float32 and np.allclose(flux, whole, rtol=1e-5, atol=1e-3)
+    bad = arrays["mask"] | (arrays["spec_err"] < 0.25)
+    assert np.array_equal(ivar == 0, bad) and np.allclose(ivar[~bad], arrays["spec_err"][~bad] ** -2.0, rtol=1e-5)
+    assert table["object_id"].tolist() == list(specobjid_encode(table["plate"], table["mjd"], table["fiberid"], table["run2d"])) and table["object_id"][0] == "299489676975171584"
+    assert table["published_class"].tolist() == [2 <= i % 8 <= 6 for i in range(40)] and np.allclose(table["norm"], arrays["norms"] / 1000 ** 0.5)
+    assert np.allclose(table["redshift"], arrays["z"]) and "fiber" not in table
+
+
+def test_astroml_fills_as_we_do(tmp_path):
+    pytest.importorskip("astroML")
+    arrays, whole = corrected()
+    np.savez(tmp_path / "spec64k.npz", **arrays)
+    (f, v, t), (g, w, u) = read_published_npz(tmp_path / "spec64k.npz"), read_astroml_npz(tmp_path / "spec64k.npz")
+    assert np.allclose(f, g, rtol=1e-6, atol=1e-4) and np.array_equal(v, w) and t["object_id"].equals(u["object_id"])
+    assert np.array_equal(read_astroml_npz(arrays)[0], g)
+
+
+def test_astroml_on_its_own_grid(tmp_path):
+    pytest.importorskip("astroML")
+    arrays, whole = corrected(coeff0=3.5, coeff1=0.0004, errors=False)
+    for k in "plate", "mjd", "fiber", "spec_err": arrays.pop(k, None)
+    np.savez(tmp_path / "spec4000.npz", **arrays)
+    flux, ivar, table = read_astroml_npz(tmp_path / "spec4000.npz")
+    inside = REST_WAVELENGTH < 10 ** (3.5 + 0.0004 * 998)
+    assert flux.shape == ivar.shape == (40, 1000) and not ivar[:, ~inside][:, 3:].any() and not flux[:, ~inside][:, 3:].any()
+    smooth = np.array([np.interp(REST_WAVELENGTH[inside], 10 ** (3.5 + 0.0004 * np.arange(1000)), row) for row in arrays["mu"] * arrays["norms"][:, None]])
+    arrays["coeffs"][:] = 0; arrays["spectra"] = (arrays["mu"] * arrays["norms"][:, None]).astype("f4")
+    assert np.allclose(read_astroml_npz(arrays)[0][:, inside], smooth, rtol=2e-3)       # a smooth spectrum stays in its place
+    assert table["object_id"][3] == "spec4000-00003" and 0.85 < (ivar[:, inside] > 0).mean() < 0.96
+
+
+@pytest.mark.parametrize("change, why", [
+    (dict(mask=None), "lacks mask .it holds .*Expected: spectra, mask"), (dict(mu=np.zeros(7)), "'mu' has shape .7,."), (dict(z=np.zeros(3)), "'z' has shape"),
+    (dict(spectra=np.zeros(5)), "'spectra' has shape"), (dict(evecs=np.zeros((2, 1000))), "'evecs'"), (dict(spec_err=np.zeros((40, 3))), "'spec_err'"),
+    (dict(z=np.array([None] * 40)), "array 'z' holds Python objects"), (dict(plate=np.array([Trap()] * 40, object)), "array 'plate' holds Python objects")])
+def test_published_files_that_do_not_fit(tmp_path, change, why):
+    arrays = {k: v for k, v in (corrected()[0] | change).items() if v is not None}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(BadInput, match=why): read_published_npz(tmp_path / "a.npz")
+    assert not sprung
+
+
+def test_the_trap_works():
+    pickle.loads(pickle.dumps(Trap()))
+    assert sprung.pop() == 1
+
+
+def test_files_that_are_no_npz(tmp_path):
+    file = tmp_path / "a.npz"
+    with pytest.raises(BadInput, match="is not there"): read_npz(file)
+    np.save(tmp_path / "b.npy", np.zeros(3))
+    for content, why in ((b"", "not a readable"), (b"<html>", "Python objects|not a readable"), (pickle.dumps(Trap()), "Python objects"), ((tmp_path / "b.npy").read_bytes(), "one array")):
+        file.write_bytes(content)
+        with pytest.raises(BadInput, match=why): read_npz(file)
+    np.savez(file, **corrected()[0])
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(BadInput, match="not a readable"): read_npz(file)
+    assert not sprung

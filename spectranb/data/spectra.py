@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['BAD_PIXEL_BITS', 'ZWARNING_BITS', 'LINES', 'MODEL_VARIANCE', 'AMPLITUDE_PRIOR', 'LOADING_PRIOR', 'MIN_FOR_BASIS',
-           'SDSSSpectrum', 'exact_loglam', 'read_sdss_spectrum', 'masked_ivar', 'rebin_to_rest', 'to_rest_frame',
+           'MIN_PUBLISHED_SIGMA', 'SDSSSpectrum', 'exact_loglam', 'read_sdss_spectrum', 'spectrum_name',
+           'spectrum_urls', 'check_spectrum_file', 'spectrum_requests', 'masked_ivar', 'rebin_to_rest', 'to_rest_frame',
            'zwarning_text', 'check_galaxy', 'read_galaxies', 'show_spectrum', 'GapBasis', 'fit_gap_basis', 'infill',
-           'normalise']
+           'normalise', 'read_npz', 'read_published_npz', 'read_astroml_npz']
 
 # %% ../../nbs/03_data.spectra.ipynb #ae0b38b0
-import warnings
+import re, warnings
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,8 @@ import pandas as pd
 from astropy.io import fits
 
 from ..core import N_WAVE, REST_EDGES, REST_LOGLAM, REST_WAVELENGTH, BadInput, real_dir
-from .catalog import rejects_table, specobjid_encode
+from .catalog import rejects_table, specobjid_decode, specobjid_encode
+from ..download import Archives, Request
 
 # %% ../../nbs/03_data.spectra.ipynb #1339f935
 @dataclass(repr=False)
@@ -43,6 +47,7 @@ class SDSSSpectrum:
     fiberid: int
     run2d: str                      # version of the reduction, '26' or 'v5_13_2'
     sn_median: float                # median S/N per pixel, by the pipeline
+    catalogid: str = ""             # of SDSS-V, which has no fibre numbers
     def __repr__(self): return f"SDSSSpectrum({self.name}: {self.spec_class}, z = {self.redshift:.4f}, S/N {self.sn_median:.1f})"
 
 # %% ../../nbs/03_data.spectra.ipynb #bc073dd6
@@ -103,24 +108,177 @@ def _parse_spectrum(hdus, name):
         model=pixels["MODEL"] if "MODEL" in pixels else blank, **where, object_id=_object_id(row, name, **where),
         redshift=float(first("Z")), zwarning=int(first("ZWARNING")), spec_class=str(first("CLASS")).strip(),
         ra=float(first("PLUG_RA", "FIBER_RA", "RACAT")), dec=float(first("PLUG_DEC", "FIBER_DEC", "DECCAT")),
-        sn_median=float(first("SN_MEDIAN_ALL")) if "SN_MEDIAN_ALL" in row else np.nan)
+        sn_median=float(first("SN_MEDIAN_ALL")) if "SN_MEDIAN_ALL" in row else np.nan,
+        catalogid=str(first("CATALOGID")).strip() if "CATALOGID" in row else "")
 
 # %% ../../nbs/03_data.spectra.ipynb #ab8879d1
 def read_sdss_spectrum(
-    path,                           # a spec-PLATE-MJD-FIBER.fits, full or lite, first survey or BOSS
+    path,                           # a spec-PLATE-MJD-FIBER.fits, full or lite, first survey or BOSS; or its bytes
+    name:str=None,                  # what to call it; None: the file's name
 )->SDSSSpectrum:                    # observed frame
     "Read an SDSS spectrum. `BadInput` names the file if it is not one, or is damaged."
-    path = Path(path)
+    source = BytesIO(path) if isinstance(path, (bytes, bytearray)) else Path(path)
+    path = "spectrum" if isinstance(source, BytesIO) else source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", fits.verify.VerifyWarning)        # no half-read tables
             warnings.filterwarnings("error", message=".*truncated.*")
-            with fits.open(path, memmap=False) as hdus: return _parse_spectrum(hdus, path.name)
+            with fits.open(source, memmap=False) as hdus: return _parse_spectrum(hdus, name or Path(path).name)
     except BadInput: raise
     except FileNotFoundError: raise BadInput(path, "is not there", "Check the path, or fetch the file.") from None
     except Exception as e:                                           # astropy meets a damaged file in many ways
-        raise BadInput(path, f"is not a readable SDSS spectrum ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})",
+        raise BadInput(name or path, f"is not a readable SDSS spectrum ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})",
                        "Fetch the file again.") from None
+
+# %% ../../nbs/03_data.spectra.ipynb #4980cce3
+_PLATE_KEYS, _FIELD_KEYS = ("plate", "mjd", "fiberid", "run2d"), ("field", "mjd", "catalogid", "run2d")
+
+def _known(row, name):
+    "A value of a row as text, '' where it is missing; whole numbers without a decimal point."
+    value = row.get(name)
+    text = "" if value is None or value is pd.NA or value != value else str(value).strip()
+    return text.removesuffix(".0") if text.lower() not in ("nan", "none", "<na>") else ""
+
+# %% ../../nbs/03_data.spectra.ipynb #7fa98ffd
+def _observation(row, packed=None):
+    "What a row (and its unpacked id) says of one observation: object_id, plate, mjd, fiberid, run2d, or field, mjd, catalogid, run2d; `BadInput` if too little."
+    row = dict(row)
+    object_id = _known(row, "object_id")
+    keys = _FIELD_KEYS if _known(row, "catalogid") else _PLATE_KEYS
+    out = {k: _known(row, k) for k in keys}
+    if keys is _PLATE_KEYS and re.fullmatch(r"\d{17,20}", object_id):
+        packed = {k: str(v) for k, v in (packed or specobjid_decode(object_id)).items()}
+        if wrong := [k for k in keys if out[k] not in ("", packed[k])]:
+            raise BadInput(object_id, f"packs {wrong[0]} {packed[wrong[0]]}, but the table says {out[wrong[0]]}",
+                           "Take id, plate, MJD, fibre and run2d from one data release.")
+        out = packed
+    name = object_id or "-".join(filter(None, out.values())) or "row"
+    if missing := [k for k in keys if not out[k]]:
+        raise BadInput(name, f"{', '.join(missing)} unknown, so its spectrum has no address",
+                       "Give plate, mjd, fiberid and run2d, or a specObjID; for SDSS-V field, mjd, catalogid and run2d.")
+    if bad := [k for k in keys if k != "run2d" and not out[k].isdigit()]:
+        raise BadInput(name, f"{bad[0]} is {out[bad[0]]!r}, not a whole number", "Look at the table.")
+    return dict(object_id=object_id, **{k: v if k in ("run2d", "catalogid") else int(v) for k, v in out.items()})
+
+# %% ../../nbs/03_data.spectra.ipynb #ae3fc1f1
+def _release_number(release):
+    "17 of 'DR17'."
+    found = re.fullmatch(r"(?:dr)?\s*(\d+)", str(release).strip().lower())
+    if not found or int(found[1]) < 9:
+        raise BadInput(release, "is not a release with one file a spectrum", "Give DR9 or later, as 'DR17'.")
+    return int(found[1])
+
+def spectrum_name(
+    row,                            # plate, mjd, fiberid (or field, mjd, catalogid)
+):                                  # file name in the archive
+    "`spec-PLATE-MJD-FIBER.fits`; plates of five digits keep them."
+    return _file_name(_observation(row))
+
+def _file_name(o):
+    if "catalogid" in o: return f"spec-{o['field']}-{o['mjd']}-{int(o['catalogid']):011d}.fits"
+    return f"spec-{o['plate']:04d}-{o['mjd']:05d}-{o['fiberid']:04d}.fits"
+
+# %% ../../nbs/03_data.spectra.ipynb #15c0191c
+def _plate_folders(number, run2d, lite):
+    "Folders under `dr{N}/` that may hold `{plate}/`, most likely first."
+    legacy, boss = run2d.isdigit(), "boss" if number <= 12 else "eboss"
+    roots = [f"{r}/spectro/redux" for r in (("sdss", boss) if legacy else (boss, "sdss"))]
+    if number >= 18: roots = ["spectro/sdss/redux", "spectro/boss/redux"]
+    kinds = ["spectra/lite"] if lite else ["spectra", "spectra/full"] if legacy or number <= 15 else ["spectra/full", "spectra"]
+    return [f"{roots[0]}/{run2d}/{kinds[0]}", f"{roots[1]}/{run2d}/{kinds[0]}"] + [f"{roots[0]}/{run2d}/{k}" for k in kinds[1:]]
+
+def _field_files(number, o, lite):
+    "Paths under `dr{N}/` of a file of SDSS-V, by the schemes of DR18 and of DR19."
+    kind, field, mjd, catalogid = "lite" if lite else "full", o["field"], o["mjd"], o["catalogid"]
+    first = f"spectro/sdss/redux/{o['run2d']}/spectra/{kind}/{field}p/{mjd}/spec-{field}-{mjd}-{int(catalogid):011d}.fits"
+    second = f"spectro/boss/redux/{o['run2d']}/spectra/{kind}/{field:06d}/{mjd}/spec-{field:06d}-{mjd}-{catalogid}.fits"
+    return [first, second] if number == 18 else [second, first]
+
+# %% ../../nbs/03_data.spectra.ipynb #4b30f19d
+def spectrum_urls(
+    row,                            # mapping or table row: object_id, or plate, mjd, fiberid, run2d, or field, mjd, catalogid, run2d
+    release:str="DR17",             # 'DR9' to 'DR19': the one that the row comes from
+    lite:bool=True,                 # without the single exposures
+    archives=Archives(),            # base addresses
+)->tuple:                           # addresses, most likely first
+    "Where the archive may keep one spectrum. `BadInput` says what the row lacks."
+    return _addresses(_observation(row), _release_number(release), lite, archives)
+
+def _addresses(o, number, lite, archives):
+    if "catalogid" in o or o["run2d"].startswith("v6"):
+        if number < 18: raise BadInput(o["object_id"] or o["run2d"], f"is of SDSS-V, which DR{number} does not hold", "Ask DR18 or DR19.")
+        if "catalogid" not in o: raise BadInput(o["object_id"] or o["run2d"], "is of SDSS-V, but has no field and catalogid",
+                                                "Take them from the release's catalogue.")
+        paths = _field_files(number, o, lite)
+    else: paths = [f"{folder}/{o['plate']:04d}/{_file_name(o)}" for folder in _plate_folders(number, o["run2d"], lite)]
+    return tuple(f"{archives.sas}/dr{number}/{path}" for path in paths)
+
+# %% ../../nbs/03_data.spectra.ipynb #f267e009
+def _whole_fits(body, name, min_hdus=4):
+    "`BadInput` unless these bytes are one whole FITS file; even a lite one has a header, `COADD`, `SPECOBJ` and line fits."
+    again, start = "Fetch it again.", bytes(body[:400]).lstrip()
+    if not len(body): raise BadInput(name, "the answer is empty", again)
+    if start[:1] == b"<":
+        title = re.search(rb"<title>\s*(.*?)\s*</title>", bytes(body[:4000]), re.I | re.S)
+        said = f" that says {title[1].decode(errors='replace')!r}" if title else ""
+        raise BadInput(name, f"the answer is an HTML page{said}, not a FITS file", again)
+    if not start.startswith(b"SIMPLE  ="): raise BadInput(name, f"the answer is not a FITS file (it begins {start[:20]!r})", again)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with fits.open(BytesIO(body), memmap=False) as hdus: n, end = len(hdus), hdus[-1].fileinfo()
+    except Exception as e: raise BadInput(name, f"is a damaged FITS file ({type(e).__name__})", again) from None
+    if n < min_hdus: raise BadInput(name, f"ends after {n} of at least {min_hdus} parts", again)
+    if (whole := end["datLoc"] + end["datSpan"]) != len(body):
+        raise BadInput(name, f"is {len(body):,} bytes long, its headers announce {whole:,}", again)
+
+# %% ../../nbs/03_data.spectra.ipynb #89448422
+def check_spectrum_file(
+    body:bytes,                     # what the archive sent
+    object_id:str="",               # of whom it should be; checked if it is a 64-bit specObjID
+    plate=None, mjd=None, fiberid=None,     # checked where given
+    field=None, catalogid=None,     # of SDSS-V
+    run2d=None,
+)->SDSSSpectrum:                    # the spectrum
+    "`BadInput` unless `body` is a whole spec file, and of this observation."
+    asked = {k: v for k, v in dict(plate=field if plate is None else plate, mjd=mjd, fiberid=fiberid, run2d=run2d, catalogid=catalogid).items()
+             if v is not None}
+    name = object_id or "-".join(str(v) for v in asked.values()) or "spectrum"
+    _whole_fits(body, name)
+    s = read_sdss_spectrum(body, name)
+    if re.fullmatch(r"\d{17,20}", object_id): asked["object_id"] = object_id
+    if wrong := [k for k, v in asked.items() if str(getattr(s, k)).lstrip("0") != str(v).lstrip("0")]:
+        is_of = f"{s.plate}-{s.mjd}-{s.catalogid or s.fiberid}, run2d {s.run2d}"
+        raise BadInput(name, f"the file is that of {is_of}: {wrong[0]} should be {asked[wrong[0]]}", "Fetch it again.")
+    return s
+
+# %% ../../nbs/03_data.spectra.ipynb #e7a4866b
+def _unpacked(ids):
+    "id → what it packs, for those that are 64-bit specObjIDs."
+    some = [i for i in ids if isinstance(i, str) and re.fullmatch(r"\d{17,20}", i) and int(i) < 1 << 64 and int(i) % 1024 == 0]
+    return dict(zip(some, specobjid_decode(some).to_dict("records"))) if some else {}
+
+def spectrum_requests(
+    catalog,                        # DataFrame: object_id and what `spectrum_urls` needs
+    release:str="DR17",             # that the catalogue comes from
+    lite:bool=True,                 # without the single exposures
+    archives=Archives(),            # base addresses
+    errors:list=None,               # takes the `BadInput` of rows without an address; None: raise it
+):                                  # yields `Request`
+    "Requests for the spectra of a catalogue, each with its check."
+    number = _release_number(release)
+    keys = [k for k in dict.fromkeys(("object_id", *_PLATE_KEYS, *_FIELD_KEYS)) if k in catalog]
+    packed = _unpacked(catalog["object_id"]) if "object_id" in keys else {}
+    for values in zip(*(catalog[k] for k in keys)):
+        row = dict(zip(keys, values))
+        try:
+            o = _observation(row, packed.get(row.get("object_id")))
+            urls, file = _addresses(o, number, lite, archives), _file_name(o)
+        except BadInput as e:
+            if errors is None: raise
+            errors.append(e); continue
+        yield Request(key=o["object_id"] or file[5:-5], url=urls, path=f"{o.get('plate', o.get('field')):04d}/{file}",
+                      check=partial(check_spectrum_file, **o), object_id=o["object_id"])
 
 # %% ../../nbs/03_data.spectra.ipynb #63206ebc
 BAD_PIXEL_BITS = (18, 22, 25, 26, 28)      # FULLREJECT, NOSKY, COMBINEREJ, BADFLUXFACTOR, REDMONSTER
@@ -448,3 +606,105 @@ def normalise(
     norm = np.sqrt(np.mean(np.square(filled, dtype=float), axis=-1)).astype(filled.dtype)
     safe = np.where(norm > 0, norm, 1)[..., None]
     return np.where(ivar > 0, flux / safe, 0).astype(filled.dtype), (ivar * safe ** 2).astype(filled.dtype), norm
+
+# %% ../../nbs/03_data.spectra.ipynb #bbab8728
+_CORRECTED = ("spectra", "mask", "mu", "evecs", "coeffs", "norms", "coeff0", "coeff1", "z")
+
+def read_npz(
+    path,                           # .npz of plain arrays
+    required=(),                    # names that it must hold
+)->dict:                            # name → array
+    "The arrays of an `.npz`, without unpickling. `BadInput` if it is not one, holds objects, or lacks a name."
+    name = None
+    try:
+        f = np.load(path, allow_pickle=False)
+        if not hasattr(f, "files"): raise ValueError("one array, not an archive of several")
+        with f:
+            if missing := [k for k in required if k not in f.files]:
+                raise BadInput(path, f"lacks {', '.join(missing)} (it holds {', '.join(f.files) or 'nothing'})", f"Expected: {', '.join(required)}.")
+            arrays = {}
+            for name in f.files: arrays[name] = f[name]
+            return arrays
+    except BadInput: raise
+    except FileNotFoundError: raise BadInput(path, "is not there", "Check the path.") from None
+    except Exception as e:
+        if "allow_pickle" in str(e) or "pickled" in str(e):
+            raise BadInput(path, f"{f'array {name!r} ' if name else ''}holds Python objects, which only unpickling could read",
+                           "Save it as plain numbers or text; what comes from others is not unpickled.") from None
+        raise BadInput(path, f"is not a readable .npz ({type(e).__name__}: {e})", "Get it again.") from None
+
+# %% ../../nbs/03_data.spectra.ipynb #19f93681
+def _check_corrected(data, path):
+    "`BadInput` unless the arrays' shapes fit together."
+    n, p = np.shape(data["spectra"]) if np.ndim(data["spectra"]) == 2 else (0, 0)
+    k = len(data["coeffs"][0]) if np.ndim(data["coeffs"]) == 2 and len(data["coeffs"]) else 0
+    want = dict(spectra=(n, p), mask=(n, p), mu=(p,), coeffs=(n, k), norms=(n,), z=(n,), coeff0=(), coeff1=())
+    if "spec_err" in data: want["spec_err"] = (n, p)
+    wrong = [a for a, shape in want.items() if np.shape(data[a]) != shape]
+    if not n or np.shape(data["evecs"])[1:] != (p,) or len(data["evecs"]) < k: wrong.append("evecs" if n else "spectra")
+    if wrong: raise BadInput(path, f"its array {wrong[0]!r} has shape {np.shape(data[wrong[0]])}, which does not fit the others",
+                             "Expected spectra (N, P), mask (N, P), mu (P,), evecs (≥ K, P), coeffs (N, K), norms (N,), z (N,).")
+
+def _filled(data):
+    "Spectra with their masked bins taken from the PCA, as float32, in chunks."
+    out, basis = np.array(data["spectra"], np.float32), data["evecs"][:data["coeffs"].shape[1]]
+    for i in range(0, len(out), 2048):
+        s = slice(i, i + 2048)
+        mask = np.asarray(data["mask"][s], bool)
+        out[s][mask] = ((data["mu"] + data["coeffs"][s] @ basis) * data["norms"][s, None])[mask]
+    return out
+
+# %% ../../nbs/03_data.spectra.ipynb #2d306d4a
+MIN_PUBLISHED_SIGMA = 0.25                                           # 1e-17 erg/s/cm²/Å; smaller ones are no errors
+
+def _corrected_ivar(data):
+    "(N, P) float32: 1/σ², 0 = no data; 1 where the file has no errors."
+    good = ~np.asarray(data["mask"], bool)
+    if "spec_err" not in data: return good.astype(np.float32)
+    sigma = np.asarray(data["spec_err"], np.float32)
+    good &= np.isfinite(sigma) & (sigma >= MIN_PUBLISHED_SIGMA)
+    return np.where(good, 1 / np.where(good, sigma, 1) ** 2, 0).astype(np.float32)
+
+def _corrected_catalog(data, stem):
+    "One row a spectrum: whatever arrays of length N the file holds, under this library's names."
+    n = len(data["spectra"])
+    table = pd.DataFrame({k: v for k, v in data.items() if np.shape(v) == (n,) and k not in ("z", "fiber", "norms")})
+    table.insert(0, "redshift", np.asarray(data["z"], float))
+    if "fiber" in data: table["fiberid"] = data["fiber"]
+    if {"plate", "mjd", "fiberid"} <= set(table): table["run2d"] = "26"
+    ids = specobjid_encode(*(table[k] for k in _PLATE_KEYS)) if "run2d" in table else [f"{stem}-{i:05d}" for i in range(n)]
+    table.insert(0, "object_id", ids)
+    return table.assign(norm=np.asarray(data["norms"], float) / np.sqrt(data["spectra"].shape[1]))
+
+# %% ../../nbs/03_data.spectra.ipynb #4df6b2ab
+def _to_our_grid(flux, ivar, data):
+    "The same on the rest-frame grid; nothing to do if it is the same grid."
+    loglam = float(data["coeff0"]) + float(data["coeff1"]) * np.arange(flux.shape[1])
+    if len(loglam) == N_WAVE and np.abs(loglam - REST_LOGLAM).max() < 1e-6: return flux, ivar
+    filled, there = rebin_to_rest(flux, np.ones_like(flux), loglam, np.zeros(len(flux)))
+    return np.where(there > 0, filled, 0), rebin_to_rest(flux, ivar, loglam, np.zeros(len(flux)))[1]
+
+def read_published_npz(
+    path,                           # Portillo et al.'s spec64k.npz
+):                                  # flux (N, 1000) 1e-17 erg/s/cm²/Å with gaps filled, ivar (N, 1000), catalogue of N rows
+    "The published spectra; `published_class` marks the classes 2 to 6 that their networks were trained on."
+    data = read_npz(path, (*_CORRECTED, "spec_err", "lineindex_cln", "plate", "mjd", "fiber"))
+    _check_corrected(data, path)
+    table = _corrected_catalog(data, Path(path).stem)
+    table["published_class"] = table["lineindex_cln"].between(2, 6)
+    return *_to_our_grid(_filled(data), _corrected_ivar(data), data), table
+
+# %% ../../nbs/03_data.spectra.ipynb #5cbd948b
+def read_astroml_npz(
+    path,                           # astroML's spec4000.npz, or a dict of its arrays
+):                                  # as `read_published_npz`; bins beyond the file's grid are 0 with ivar 0
+    "Spectra in astroML's form, filled by its own `reconstruct_spectra`. Without errors in the file ivar is 1 where there are data."
+    try: from astroML.datasets.sdss_corrected_spectra import compute_wavelengths, reconstruct_spectra
+    except ImportError: raise BadInput("astroML", "is not installed", "pip install astroML") from None
+    data, stem = (path, "spectrum") if isinstance(path, dict) else (read_npz(path, _CORRECTED), Path(path).stem)
+    _check_corrected(data, stem)
+    data = data | dict(mask=np.asarray(data["mask"], bool))
+    loglam = np.log10(compute_wavelengths(data))
+    data |= dict(coeff0=loglam[0], coeff1=(loglam[-1] - loglam[0]) / (len(loglam) - 1))
+    flux = np.asarray(reconstruct_spectra(data), np.float32)
+    return *_to_our_grid(flux, _corrected_ivar(data), data), _corrected_catalog(data, stem)
