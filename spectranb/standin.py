@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['SKYCELL', 'STEP', 'PIXELS_PER_DEGREE', 'ZONE_DEC', 'ZONE_COUNT', 'ZONE_FIRST', 'SKY_SIGMA', 'STAMP', 'TOY_LINES',
-           'TOY_ABSORPTION', 'OLD_COLUMNS', 'NEW_COLUMNS', 'SOUTH_EDGE', 'NAME_PATTERN', 'LEGACY', 'projcell_centre',
-           'tangent', 'find_skycell', 'skycell_corner', 'hash_number', 'noise_tile', 'noise_at', 'toy_components',
-           'toy_flux', 'Sky', 'toy_spectrum', 'spread_spectrum', 'stack_name', 'list_rows', 'list_text',
-           'exposure_time', 'card', 'cutout_fits', 'spectrum_fits', 'spectrum_roots', 'spectrum_path',
-           'catalogue_tables', 'make_database', 'to_sqlite', 'Catalogue', 'csv_text', 'json_text', 'hips_fits',
-           'hips_wcs', 'Answer', 'error_page', 'form_data', 'answer_names', 'answer_cutout', 'answer_hips',
-           'answer_spectrum', 'answer_sql', 'answer_crossid', 'route', 'finish_names', 'StandIn', 'Faults',
-           'make_parser', 'main']
+           'TOY_ABSORPTION', 'OLD_COLUMNS', 'NEW_COLUMNS', 'SOUTH_EDGE', 'NAME_PATTERN', 'SYNTHETIC', 'TOY_LINE_NAMES',
+           'LEGACY', 'FAULTS', 'projcell_centre', 'tangent', 'find_skycell', 'skycell_corner', 'hash_number',
+           'noise_tile', 'noise_at', 'toy_components', 'toy_flux', 'Sky', 'toy_spectrum', 'spread_spectrum',
+           'stack_name', 'list_rows', 'list_text', 'exposure_time', 'card', 'cutout_fits', 'fits_block', 'table_fits',
+           'spectrum_fits', 'spectrum_roots', 'spectrum_path', 'catalogue_tables', 'make_database', 'to_sqlite',
+           'Catalogue', 'csv_text', 'json_text', 'hips_fits', 'hips_wcs', 'Answer', 'error_page', 'form_data',
+           'answer_names', 'answer_cutout', 'answer_hips', 'answer_spectrum', 'answer_sql', 'answer_crossid', 'route',
+           'finish_names', 'StandIn', 'Faults', 'asinh_scaled', 'reset', 'make_parser', 'main']
 
 # %% ../nbs/00b_standin.ipynb #2b3dfd3c
-import argparse, hashlib, html, io, json, re, signal, socket, sqlite3, struct, sys, threading, time
+import argparse, hashlib, html, io, json, os, re, select, signal, socket, sqlite3, struct, sys, threading, time
 from collections import Counter, defaultdict
 from email import message_from_bytes
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -381,7 +382,7 @@ def exposure_time(projcell, subcell, band): return 43.0 * (10 + int(20 * hash_nu
 
 def card(key, value, comment=""):
     "One 80-byte FITS card; longer keys as HIERARCH."
-    return fits.Card(key if len(key) <= 8 else f"HIERARCH {key}", value, comment).image.encode()
+    return fits.Card(key if len(key) <= 8 and "." not in key else f"HIERARCH {key}", value, comment).image.encode()
 
 @lru_cache(512)
 def _fixed_cards(projcell, subcell, band):
@@ -420,8 +421,10 @@ def cutout(self:Sky,
     ra:float, dec:float,            # degrees
     size:int=224,                   # pixels
     pixel=None,                     # x, y in the sky cell's pixels from 0, instead of ra and dec
+    change=None,                    # function counts -> (counts, further cards), to spoil the image
 )->bytes:                           # a FITS file; None where the image and the cutout do not overlap
     "What `fitscut.cgi` sends."
+    if change is None and pixel is None and (real := self._real_cutout(name, ra, dec, size)): return real
     if not (found := NAME_PATTERN.search(name)): raise BadInput(name, "is not a stack image")
     projcell, subcell, band = int(found[1]), int(found[2]), found[3]
     left, low = skycell_corner(subcell)
@@ -429,46 +432,97 @@ def cutout(self:Sky,
     x0, y0 = (int(np.floor(v - size // 2 + 0.5)) for v in (x, y))
     if x0 >= left + SKYCELL[0] or y0 >= low + SKYCELL[1] or x0 + size <= left or y0 + size <= low: return None
     counts = self.image(projcell, subcell, x0, y0, size, band) * np.float32(10 * exposure_time(projcell, subcell, band))
-    return cutout_fits(counts, (1 - x0, 1 - y0), _fixed_cards(projcell, subcell, band))
+    counts, extra = (counts, ()) if change is None else change(counts)
+    return cutout_fits(counts, (1 - x0, 1 - y0), _fixed_cards(projcell, subcell, band), extra)
+
+@patch
+def _real_cutout(self:Sky, name, ra, dec, size):
+    "One of the real cutouts, whole or cut or padded; None where there is none."
+    if not (path := self.real.get(name.rsplit("/", 1)[-1])): return None
+    with fits.open(path) as hdus: data, header = hdus[0].data, hdus[0].header
+    x, y = (int(np.floor(v + 0.5)) for v in WCS(header).all_world2pix(ra, dec, 0))
+    if (x, y, size) == (data.shape[1] // 2, data.shape[0] // 2, len(data)): return path.read_bytes()
+    dx, dy = x - size // 2, y - size // 2
+    if not (-size < dx < data.shape[1] and -size < dy < data.shape[0]): return None
+    out = np.full((size, size), np.nan, ">f4")
+    part = data[max(dy, 0):max(dy + size, 0), max(dx, 0):max(dx + size, 0)]
+    out[max(-dy, 0):max(-dy, 0) + part.shape[0], max(-dx, 0):max(-dx, 0) + part.shape[1]] = part
+    header["CRPIX1"] -= dx; header["CRPIX2"] -= dy
+    file = io.BytesIO()
+    fits.PrimaryHDU(out, header).writeto(file, output_verify="silentfix")
+    return file.getvalue()
 
 # %% ../nbs/00b_standin.ipynb #12ba27b9
-def _column(name, fmt, value): return fits.Column(name, fmt, array=np.array([value]))
+def _dtype(fmt):
+    "The numpy type of a FITS table format."
+    count, kind = int(fmt[:-1] or 1), fmt[-1]
+    if kind == "A": return f"S{count}"
+    return (dict(E=">f4", D=">f8", J=">i4", K=">i8")[kind], (count,) if count > 1 else ())
+
+@lru_cache(256)
+def _table_header(name, columns, n_rows):
+    "Header of a table; `columns`: pairs of name and format."
+    width = np.dtype([(c, _dtype(f)) for c, f in columns]).itemsize
+    cards = [("XTENSION", "BINTABLE"), ("BITPIX", 8), ("NAXIS", 2), ("NAXIS1", width), ("NAXIS2", n_rows), ("PCOUNT", 0), ("GCOUNT", 1), ("TFIELDS", len(columns)),
+             *((f"{k}{i + 1}", v) for i, c in enumerate(columns) for k, v in (("TTYPE", c[0]), ("TFORM", c[1]))), ("EXTNAME", name)]
+    return fits_block(b"".join(card(*c) for c in cards) + b"END".ljust(80), b" ")
+
+def fits_block(
+    data:bytes,                     # header or values
+    fill:bytes=b"\0",               # what to fill up with
+)->bytes:                           # a multiple of 2880 bytes
+    "Fill up to whole blocks of FITS."
+    return data.ljust(-(-len(data) // 2880) * 2880, fill)
+
+def table_fits(
+    name:str,                       # of the extension
+    columns,                        # list of (name, FITS format, values (n,) or (n, k))
+)->bytes:                           # header and data
+    "A binary table, many times faster than astropy's; the tests read it with astropy."
+    layout = tuple((c, f) for c, f, _ in columns)
+    rows = np.zeros(len(columns[0][2]), [(c, _dtype(f)) for c, f in layout])
+    for c, _, values in columns: rows[c] = values
+    return _table_header(name, layout, len(rows)) + fits_block(rows.tobytes())
+
+# %% ../nbs/00b_standin.ipynb #8b7c0174
+_SPEC = dict(specObjID="object_id", plate="plate", mjd="mjd", fiberID="fiberid", run2d="run2d", ra="ra", dec="dec", z="z", zErr="zErr",
+    zWarning="zWarning", snMedian="snMedian", legacy_target1="legacy_target1", survey="survey", instrument="instrument", subClass="subClass",
+    sciencePrimary="sciencePrimary", bestObjID="bestObjID") | {"class": "class"}
+
+SYNTHETIC = ((3800, 3980, 3551), (3900, 5400, 4686), (5600, 6900, 6166), (6900, 8200, 7480), (8200, 9200, 8932))     # Å: from, to, middle of ugriz
 
 def _row_table(o, loglam, flux, ivar, model):
     "The one-row table of a spectrum's file: SPECOBJ of the first survey, SPALL of BOSS."
-    boss, good = o.run2d.startswith("v"), ivar > 0
+    boss, good, lam = o.run2d.startswith("v"), ivar > 0, 10 ** loglam
     sn = float(np.median(flux[good] * np.sqrt(ivar[good]))) if good.any() else 0.0
-    synthetic = [float(np.median(model[(10 ** loglam > a) & (10 ** loglam < b)]) * (c / 6170) ** 2 / 0.286) if loglam[0] < np.log10(c) else 0.0
-                 for a, b, c in ((3800, 3980, 3551), (3900, 5400, 4686), (5600, 6900, 6166), (6900, 8200, 7480), (8200, 9200, 8932))]
+    synthetic = [float(np.mean(model[(lam > a) & (lam < b)])) * (c / 6170) ** 2 / 0.286 for a, b, c in SYNTHETIC]
     number = int(o.object_id) - (1 << 64 if int(o.object_id) >= 1 << 63 else 0)
     columns = [("SURVEY", "6A", o.survey), ("INSTRUMENT", "4A", o.instrument), ("PLATE", "J", o.plate), ("MJD", "J", o.mjd), ("FIBERID", "J", o.fiberid),
         ("SPECOBJID", "K", number) if boss else ("SPECOBJID", "22A", o.object_id.rjust(22)), ("BESTOBJID", "19A", o.bestObjID),
         ("RUN2D", "7A", o.run2d), ("LEGACY_TARGET1", "J", o.legacy_target1), ("PLUG_RA", "D", o.ra), ("PLUG_DEC", "D", o.dec),
         ("CLASS", "6A", o.spec_class), ("SUBCLASS", "21A", o.subClass), ("Z", "E", o.z), ("Z_ERR", "E", o.zErr), ("ZWARNING", "J", o.zWarning),
-        ("SN_MEDIAN_ALL", "E", sn), ("WAVEMIN", "E", 10 ** loglam[0]), ("WAVEMAX", "E", 10 ** loglam[-1]),
+        ("VDISP", "E", 150.0), ("VDISP_ERR", "E", 10.0), ("SN_MEDIAN_ALL", "E", sn), ("WAVEMIN", "E", lam[0]), ("WAVEMAX", "E", lam[-1]),
         ("SPECTROFLUX", "5E", synthetic), ("SPECTROFLUX_IVAR", "5E", [100.0] * 5)]
-    return fits.BinTableHDU.from_columns([_column(*c) for c in columns], name="SPALL" if boss else "SPECOBJ")
+    return table_fits("SPALL" if boss else "SPECOBJ", [(n, f, [v]) for n, f, v in columns])
 
-# %% ../nbs/00b_standin.ipynb #8b7c0174
+# %% ../nbs/00b_standin.ipynb #467a900d
+TOY_LINE_NAMES = ["[O_II] 3727", "H_beta", "[O_III] 5007", "H_alpha", "[N_II] 6583"]
+
 def spectrum_fits(
     o,                              # a row of the sky's table, a namedtuple
     loglam, flux, ivar, and_mask, model,     # (P,) each
     full:bool=False,                # append the single exposures
 )->bytes:                           # a FITS file laid out as SDSS does
     "A spectrum's file: header, COADD, SPECOBJ or SPALL, SPZLINE, and exposures in a full file."
-    primary = fits.PrimaryHDU()
-    primary.header.update(BUNIT="1E-17 erg/cm^2/s/Ang", COEFF0=round(float(loglam[0]), 4), COEFF1=1e-4, VACUUM=True, MJD=o.mjd, PLATEID=o.plate,
-                          FIBERID=o.fiberid, PLUG_RA=o.ra, PLUG_DEC=o.dec, RUN2D=o.run2d, SIMULATD=True)
-    wdisp, sky = np.where(ivar > 0, 1.05, 0), 2 + 0 * flux
-    values = dict(flux=flux, loglam=loglam, ivar=ivar, and_mask=and_mask, or_mask=and_mask, wdisp=wdisp, sky=sky, model=model)
-    coadd = fits.BinTableHDU.from_columns([fits.Column(k, "J" if "mask" in k else "E", array=v) for k, v in values.items()], name="COADD")
-    names = np.array(["[O_II] 3727", "H_beta", "[O_III] 5007", "H_alpha", "[N_II] 6583"])
-    lines = fits.BinTableHDU.from_columns([fits.Column("LINENAME", "13A", array=names), fits.Column("LINEZ", "E", array=np.full(5, o.z)),
-        fits.Column("LINEWAVE", "D", array=np.array([3728.3, 4862.7, 5008.2, 6564.6, 6585.3]))], name="SPZLINE")
-    exposures = [fits.BinTableHDU(coadd.data, name=f"{arm}-00002591") for arm in ("B1", "R1")] if full else []
-    file = io.BytesIO()
-    fits.HDUList([primary, coadd, _row_table(o, loglam, flux, ivar, model), lines, *exposures]).writeto(file)
-    return file.getvalue()
+    cards = [("SIMPLE", True), ("BITPIX", 8), ("NAXIS", 0), ("EXTEND", True), ("MJD", o.mjd), ("VACUUM", True), ("PLATEID", o.plate), ("FIBERID", o.fiberid),
+             ("PLUG_RA", o.ra), ("PLUG_DEC", o.dec), ("RUN2D", o.run2d), ("COEFF0", round(float(loglam[0]), 4)), ("COEFF1", 1e-4),
+             ("BUNIT", "1E-17 erg/cm^2/s/Ang"), ("COMMENT", "simulated")]
+    primary = fits_block(b"".join(card(*c) for c in cards) + b"END".ljust(80), b" ")
+    pixels = dict(flux=flux, loglam=loglam, ivar=ivar, and_mask=and_mask, or_mask=and_mask, wdisp=np.where(ivar > 0, 1.05, 0), sky=2 + 0 * flux, model=model)
+    pixels = [(k, "J" if "mask" in k else "E", v) for k, v in pixels.items()]
+    lines = table_fits("SPZLINE", [("LINENAME", "13A", TOY_LINE_NAMES), ("LINEWAVE", "D", [3728.3, 4862.7, 5008.2, 6564.6, 6585.3]), ("LINEZ", "E", [o.z] * 5)])
+    exposures = [table_fits(f"{arm}-00002591", pixels) for arm in ("B1", "R1")] if full else []
+    return b"".join([primary, table_fits("COADD", pixels), _row_table(o, loglam, flux, ivar, model), lines, *exposures])
 
 @patch
 def spec_file(self:Sky,
@@ -476,8 +530,9 @@ def spec_file(self:Sky,
     full:bool=False,                # with the single exposures
 )->bytes:                           # a FITS file
     "The file of one spectrum."
-    o = next(self.galaxies.iloc[[row]].rename(columns={"class": "spec_class"}).itertuples(index=False))
-    if o.object_id in self.real: return self.real[o.object_id].read_bytes()
+    g = self.galaxies
+    if g.object_id[row] in self.real: return self.real[g.object_id[row]].read_bytes()
+    o = SimpleNamespace(**{k.replace("class", "spec_class"): g[k].iat[row] for k in [*_SPEC.values(), "object_id"]})
     return spectrum_fits(o, *self.spectrum(row), full=full)
 
 # %% ../nbs/00b_standin.ipynb #d0af08e2
@@ -519,9 +574,6 @@ def find_spectrum(self:Sky,
     return None, False
 
 # %% ../nbs/00b_standin.ipynb #b41bd5c6
-_SPEC = dict(specObjID="object_id", plate="plate", mjd="mjd", fiberID="fiberid", run2d="run2d", ra="ra", dec="dec", z="z", zErr="zErr",
-    zWarning="zWarning", snMedian="snMedian", legacy_target1="legacy_target1", survey="survey", instrument="instrument", subClass="subClass",
-    sciencePrimary="sciencePrimary", bestObjID="bestObjID") | {"class": "class"}
 _PHOTO = [f"{kind}Mag{err}_{b}" for kind in ("petro", "model", "psf", "fiber") for err in ("", "Err") for b in "ugriz"] + \
     [f"extinction_{b}" for b in "ugriz"] + ["petroR50_r", "petroR90_r"]
 
@@ -698,6 +750,7 @@ class Answer:
     ):
         self.body = body.encode() if isinstance(body, str) else body
         self.kind, self.status, self.key, self.service, self.row, self.band = kind, status, key, service, row, band
+        self.elsewhere = None                                        # status, body, kind if the file stood in the other root
 
 def error_page(
     status:int,                     # of the answer
@@ -790,11 +843,15 @@ def answer_hips(sky, q):
 def answer_spectrum(sky, path):
     "A spectrum of the science archive server."
     row, full = sky.find_spectrum(path)
-    if row is None:
-        row, full = sky.find_spectrum(path, other=True)              # the wrong root, known all the same
-        return error_page(404, "Not Found", service="spectrum", key="" if row is None else f"{sky.galaxies.object_id[row]}.spec", row=row)
-    key = f"{sky.galaxies.object_id[row]}.spec" + ".full" * full
-    return Answer(sky.spec_file(row, full), "application/octet-stream", key=key, service="spectrum", row=row)
+    right = row is not None
+    if not right: row, full = sky.find_spectrum(path, other=True)    # the wrong root, known all the same
+    if row is None: return error_page(404, "Not Found", service="spectrum")
+    key, page = f"{sky.galaxies.object_id[row]}.spec" + ".full" * full, error_page(404, "Not Found")
+    file = 200, sky.spec_file(row, full), "application/octet-stream"
+    here, there = (file, (page.status, page.body, page.kind))[::1 if right else -1]
+    answer = Answer(here[1], here[2], here[0], key=key, service="spectrum", row=row)
+    if sky.find_spectrum(path) != sky.find_spectrum(path, other=True): answer.elsewhere = there
+    return answer
 
 # %% ../nbs/00b_standin.ipynb #9725d042
 def answer_sql(catalogue, sql, form, rest=False):
@@ -900,7 +957,9 @@ class StandIn:
     ):
         self.sky, self.catalogue, self.latency = sky, Catalogue(sky, row_cap), latency
         self.faults = Faults(sky, faults, seed, **options)
-        self.records, self.lock, self.stop, self.active, self.most_active = [], threading.Lock(), threading.Event(), 0, 0
+        self.errors = []                                             # mistakes of the stand-in itself
+        self.records, self.lock, self.stop = [], threading.Lock(), threading.Event()
+        self.active = self.most_active = 0                           # requests at once
         self.log_file = open(log, "a", buffering=1) if log else None
         self.server = _Server(self, port)
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True)
@@ -932,6 +991,8 @@ def close(self:StandIn):
 @patch
 def log(self:StandIn):              # DataFrame: time, method, path, query, key, fault, status, bytes, complete
     "What was asked for and how it was answered; `complete`: all of the good answer was handed over."
+    end = time.monotonic() + 0.2                                     # an answer is noted just after it was sent
+    while self.active and time.monotonic() < end: time.sleep(0.005)
     with self.lock: records = list(self.records)
     return pd.DataFrame(records, columns=["time", "method", "path", "query", "key", "service", "fault", "status", "bytes", "complete"])
 
@@ -968,9 +1029,12 @@ def handle(self:StandIn,
         record.update(key=answer.key, service=answer.service)
         self.faults.play(self, handler, answer, record)
     except OSError: handler.close_connection = True                  # the client has gone
+    except Exception as e:                                           # a mistake of ours: say so in the log
+        record.update(fault=f"error: {type(e).__name__}: {e}"); self.errors.append(e)
+        self._send(handler, error_page(500, f"{type(e).__name__}: {e}"), record)
     finally:
-        with self.lock: self.active -= 1
         self._note(record)
+        with self.lock: self.active -= 1
 
 @patch
 def _send(self:StandIn, handler, answer, record=None, headers=()):
@@ -984,10 +1048,255 @@ def _send(self:StandIn, handler, answer, record=None, headers=()):
     if record is not None: record.update(bytes=len(answer.body), complete=answer.status == 200)
 
 # %% ../nbs/00b_standin.ipynb #37f06589
+_ALL, _FILES = ("names", "cutout", "spectrum", "sql", "hips"), ("cutout", "spectrum", "hips")
+FAULTS = dict(                      # name: services, kind, what happens
+    http500=(_ALL, "", "status 500 and a page of HTML"),
+    burst503=(_ALL, "", "status 503, to this and the next requests"),
+    rate429=(_ALL, "", "status 429 with Retry-After"),
+    cut=(_ALL, "", "the connection is reset in the middle of the body"),
+    hang=(_ALL, "", "silence, before the first byte or in the middle of the body"),
+    drip=(_FILES, "harmless", "the body comes slowly, piece by piece"),
+    html200=(_ALL, "", "status 200 and a page of HTML"),
+    empty200=(_ALL, "", "status 200 and no body"),
+    truncated=(_FILES, "", "a body cut short that claims to be whole"),
+    wrong_size=(("cutout",), "", "a cutout of another size"),
+    wrong_filter=(("cutout",), "", "a cutout in another band"),
+    wrong_id=(("cutout", "spectrum"), "", "another object's file"),
+    duplicate_rows=(("names",), "harmless", "rows of the list twice"),
+    nine_columns=(("names",), "harmless", "the list without badflag"),
+    badflag=(("names",), "harmless", "a flagged row of a neighbouring cell before each good one"),
+    missing_band=(("names",), "lasting", "an object's list lacks one band"),
+    empty_sky=(("names",), "lasting", "no rows for an object"),
+    nan_band=(("cutout",), "lasting", "one band of an object is NaN"),
+    nan_edge=(("cutout",), "lasting", "a third of an object's cutouts is NaN"),
+    bsoften=(("cutout",), "lasting", "an object's cutouts are asinh-scaled, with BSOFTEN and BOFFSET"),
+    other_root=(("spectrum",), "lasting", "a spectrum stands in the other root folder"),
+    sql_rate_limit=(("sql",), "", "the line about 60 queries a minute, with status 200"),
+    sql_capped=(("sql",), "", "half of the rows, without a word"),
+    float_ids=(("sql",), "", "ids as floating-point numbers"))
+
+# %% ../nbs/00b_standin.ipynb #b1fe924a
 class Faults:
-    "Which request meets which fault."
-    def __init__(self, sky, faults, seed=0): self.sky, self.seed = sky, seed
-    def play(self, standin, handler, answer, record): standin._send(handler, answer, record)
+    "Which request meets which fault; the options are those of `StandIn`."
+    def __init__(self,
+        sky,                        # `Sky`
+        faults=0.0,                 # probability that a request meets one of all passing faults, or dict(kind=probability)
+        seed=0,                     # of the draws
+        max_repeat:int=3,           # faults in a row that a key meets at most
+        lasting=(),                 # further kinds that shall be lasting, e.g. ("wrong_id",)
+        burst:int=4,                # requests after the first that a burst of 503 takes
+        retry_after:int=1,          # s, of a 429
+        hang:float=30.0,            # s of silence
+        drip:float=20.0,            # s that a dripping body takes
+    ):
+        self.sky, self.seed, self.max_repeat, self.lock = sky, seed, max_repeat, threading.Lock()
+        self.burst, self.retry_after, self.hang, self.drip = burst, retry_after, hang, drip
+        if isinstance(faults, dict) and (unknown := set(faults) - set(FAULTS)): raise BadInput(min(unknown), "is not a fault", f"Known: {', '.join(FAULTS)}.")
+        if set(lasting) - set(FAULTS): raise BadInput(lasting, "are not all faults")
+        self.lasting = {k for k, f in FAULTS.items() if f[1] == "lasting"} | set(lasting)
+        passing = [k for k in FAULTS if k not in self.lasting]
+        share = lambda s: {k: faults / sum(s in FAULTS[j][0] for j in passing) for k in passing if s in FAULTS[k][0]}
+        given = lambda s: {k: p for k, p in faults.items() if s in FAULTS[k][0]}
+        self.chances = {s: given(s) if isinstance(faults, dict) else share(s) for s in _ALL}
+        self.asked, self.in_row, self.burst_left = Counter(), Counter(), 0
+
+# %% ../nbs/00b_standin.ipynb #4e865a48
+@patch
+def draw(self:Faults,
+    service:str,                    # names, cutout, spectrum, sql, hips
+    key:str,                        # of the request
+):                                  # name of the passing fault, "" for none
+    "The fault of the next request of this key."
+    with self.lock:
+        u, kind = hash_number(self.seed, key, self.asked[key]), ""
+        self.asked[key] += 1
+        for name, p in self.chances.get(service, {}).items():
+            if name in self.lasting: continue
+            if u < p: kind = name; break
+            u -= p
+        if kind == "" and self.burst_left > 0 and service in _ALL: kind, self.burst_left = "burst503", self.burst_left - 1
+        elif kind == "burst503": self.burst_left = self.burst
+        if kind and FAULTS[kind][1] != "harmless" and self.in_row[key] >= self.max_repeat: kind = ""
+        self.in_row[key] = self.in_row[key] + 1 if kind and FAULTS[kind][1] != "harmless" else 0
+        return kind
+
+@patch
+def has(self:Faults,
+    kind:str,                       # a lasting fault
+    service:str,                    # of the request
+    *what,                          # row of the sky, and band where the fault belongs to one
+)->bool:
+    "Whether an object has a lasting fault."
+    p = self.chances.get(service, {}).get(kind, 0) if kind in self.lasting else 0
+    return p > 0 and hash_number(self.seed, kind, *what) < p
+
+# %% ../nbs/00b_standin.ipynb #d14621c4
+@patch
+def play(self:Faults, standin, handler, answer, record):
+    "Spoil the answer if it is its turn, and send it."
+    kinds = self._lasting(answer)
+    if kind := self.draw(answer.service, answer.key) if answer.status == 200 else "": kinds.append(kind)
+    record["fault"] = "+".join(kinds)
+    good = all(FAULTS[k][1] for k in kinds)                          # harmless or lasting by nature
+    if kind in _SPOIL: _SPOIL[kind](self, answer)
+    if kind in _SEND: _SEND[kind](self, standin, handler, answer, record)
+    else: standin._send(handler, answer, record)
+    record["complete"] = bool(record["complete"] and good)
+
+@patch
+def _lasting(self:Faults, answer):
+    "Apply an object's lasting faults; their names."
+    kinds, s, row, band = [], answer.service, answer.row, answer.band
+    if s == "names" and hasattr(answer, "groups"): kinds += self._thin_list(answer)
+    if row is None: return kinds
+    if s == "spectrum" and answer.elsewhere is not None and self.has("other_root", s, row):
+        answer.status, answer.body, answer.kind = answer.elsewhere
+        kinds.append("other_root")
+    if answer.status != 200: return kinds
+    for kind, what in (("wrong_id", (row,)), ("nan_band", (row, band)), ("nan_edge", (row,)), ("bsoften", (row,))):
+        if self.has(kind, s, *what): _SPOIL[kind](self, answer); kinds.append(kind)
+    others = self.lasting - {"wrong_id", "nan_band", "nan_edge", "bsoften", "other_root", "missing_band", "empty_sky"}
+    for kind in sorted(others & set(_SPOIL)):
+        if self.has(kind, s, row, band): _SPOIL[kind](self, answer); kinds.append(kind)
+    return kinds
+
+@patch
+def _thin_list(self:Faults, answer):
+    "Take rows out of a list of files: bands or objects that are lacking."
+    kinds = []
+    for k, (row, rows) in enumerate(answer.groups):
+        if row is None: continue
+        if self.has("empty_sky", "names", row): rows = []; kinds.append("empty_sky")
+        elif self.has("missing_band", "names", row):
+            lacking = BANDS[int(5 * hash_number(self.seed, "lacking", row))]
+            rows = [r for r in rows if r["filter"] != lacking]; kinds.append("missing_band")
+        answer.groups[k] = row, rows
+    finish_names(answer)
+    return sorted(set(kinds))
+
+# %% ../nbs/00b_standin.ipynb #4490203e
+def _stop(status, text):
+    def spoil(faults, answer):
+        page = error_page(status, text)
+        answer.body, answer.kind, answer.status = page.body, page.kind, page.status
+    return spoil
+
+def _new_cutout(answer, sky, change=None, **ask):
+    "Make the cutout again, otherwise."
+    if hasattr(answer, "ask"): answer.body = sky.cutout(**(answer.ask | ask), change=change) or answer.body
+
+def _wrong_filter(faults, answer):
+    other = BANDS[(BANDS.index(answer.band) + 1) % 5]
+    _new_cutout(answer, faults.sky, name=answer.ask["name"].replace(f".stk.{answer.band}.", f".stk.{other}."))
+
+def _wrong_id(faults, answer):
+    g, places = faults.sky.galaxies, faults.sky.places
+    if answer.row is None or len(places) < 2: return
+    other = int(places[(int(np.searchsorted(places, answer.row)) + 1) % len(places)])
+    if answer.service == "spectrum": answer.body = faults.sky.spec_file(other); return
+    rows = list_rows(g.ra[other], g.dec[other], answer.band)
+    if rows: _new_cutout(answer, faults.sky, name=rows[0]["filename"], ra=g.ra[other], dec=g.dec[other], pixel=None)
+
+def _nan_edge(counts):
+    counts = counts.copy(); counts[:, :counts.shape[1] // 3] = np.nan
+    return counts, ()
+
+def asinh_scaled(
+    counts,                         # linear
+    boffset:float=2.0, bsoften:float=150.0,  # of the scale, counts
+):                                  # the stored values, and the cards that say so
+    "Counts as the full stacks hold them, so that counts = BOFFSET + 2 BSOFTEN sinh(value / 1.0857362)."
+    return np.float32(1.0857362) * np.arcsinh((counts - boffset) / (2 * bsoften)), (("BSOFTEN", bsoften), ("BOFFSET", boffset))
+
+# %% ../nbs/00b_standin.ipynb #fbf4a111
+def _rows(change):
+    "A spoiler of lists: `change` takes the rows of one object and gives others."
+    def spoil(faults, answer):
+        if not hasattr(answer, "groups"): return
+        answer.groups = [(k, change(rows)) for k, rows in answer.groups]
+        finish_names(answer)
+    return spoil
+
+def _neighbour(r):
+    "The flagged row of the next sky cell."
+    sub = r["subcell"] + (1 if r["subcell"] % 10 < 9 else -1)
+    name = stack_name(r["projcell"], sub, r["filter"], r["type"])
+    return r | dict(subcell=sub, filename=name, shortname=name.rsplit("/", 1)[1], badflag=1)
+
+def _table(change):
+    "A spoiler of CSV tables: `change` takes names and rows."
+    def spoil(faults, answer):
+        if not hasattr(answer, "table"): return
+        text = json_text if "json" in answer.kind else csv_text
+        answer.body = text(*change(*answer.table)).encode()
+    return spoil
+
+def _floats(names, rows):
+    def value(v): return f"{float(v):.14G}" if isinstance(v, str) and v.isdigit() and len(v) > 15 else v
+    return names, [tuple(map(value, r)) for r in rows]
+
+def _rate_line(faults, answer):
+    answer.body = b'#Table1\n"ERROR: Maximum 60 queries allowed per minute. Rejected query: SELECT"\n'
+
+def _set(**values):
+    def spoil(faults, answer): vars(answer).update({k: v(answer) for k, v in values.items()})
+    return spoil
+
+_SPOIL = dict(http500=_stop(500, "Internal Server Error"), burst503=_stop(503, "Service Unavailable"), rate429=_stop(429, "Too Many Requests"),
+    html200=_stop(200, "Service temporarily unavailable"), empty200=_set(body=lambda a: b""), truncated=_set(body=lambda a: a.body[:int(0.6 * len(a.body))]),
+    wrong_size=lambda f, a: _new_cutout(a, f.sky, size=a.ask["size"] - 24 if a.ask["size"] > 48 else a.ask["size"] + 24),
+    wrong_filter=_wrong_filter, wrong_id=_wrong_id,
+    nan_band=lambda f, a: _new_cutout(a, f.sky, lambda c: (c * np.float32(np.nan), ())), nan_edge=lambda f, a: _new_cutout(a, f.sky, _nan_edge),
+    bsoften=lambda f, a: _new_cutout(a, f.sky, asinh_scaled),
+    duplicate_rows=_rows(lambda rows: [r for r in rows for _ in range(2)]), badflag=_rows(lambda rows: [x for r in rows for x in (_neighbour(r), r)]),
+    nine_columns=lambda f, a: finish_names(a, OLD_COLUMNS), sql_rate_limit=_rate_line,
+    sql_capped=_table(lambda names, rows: (names, rows[:len(rows) // 2])), float_ids=_table(_floats))
+
+# %% ../nbs/00b_standin.ipynb #69c7747c
+def _head(handler, answer):
+    "Status line and headers of an answer."
+    return (f"HTTP/1.1 {answer.status} OK\r\nContent-Type: {answer.kind}\r\nContent-Length: {len(answer.body)}\r\n\r\n").encode()
+
+def reset(
+    handler,                        # of the request
+):
+    "Close a connection so that the other side sees a reset: no lingering, and past Python's own books."
+    handler.close_connection = True
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(handler.connection.detach())
+
+def _send_cut(faults, standin, handler, answer, record):
+    half = answer.body[:len(answer.body) // 2]
+    handler.connection.sendall(_head(handler, answer) + half)
+    record.update(status=answer.status, bytes=len(half))
+    time.sleep(0.02)                                                 # let the half arrive first
+    reset(handler)
+
+def _send_hang(faults, standin, handler, answer, record):
+    handler.close_connection = True
+    if hash_number(faults.seed, "hang", answer.key, faults.asked[answer.key]) < 0.5:
+        half = answer.body[:len(answer.body) // 2]
+        handler.connection.sendall(_head(handler, answer) + half)
+        record.update(status=answer.status, bytes=len(half))
+    end = time.monotonic() + faults.hang
+    while time.monotonic() < end and not standin.stop.is_set():
+        if select.select([handler.connection], [], [], 0.05)[0]: return      # the client gave up
+
+def _send_drip(faults, standin, handler, answer, record):
+    pieces = 40
+    step = -(-len(answer.body) // pieces)
+    handler.connection.sendall(_head(handler, answer))
+    record.update(status=answer.status)
+    for k in range(0, len(answer.body), step):
+        if standin.stop.wait(faults.drip / pieces): raise OSError("closing")
+        handler.connection.sendall(answer.body[k:k + step])
+        record["bytes"] += len(answer.body[k:k + step])
+    record["complete"] = True
+
+def _send_429(faults, standin, handler, answer, record):
+    standin._send(handler, answer, record, [("Retry-After", str(faults.retry_after))])
+
+_SEND = dict(cut=_send_cut, hang=_send_hang, drip=_send_drip, rate429=_send_429)
 
 # %% ../nbs/00b_standin.ipynb #ece254a1
 def make_parser():                  # `argparse.ArgumentParser`
