@@ -10,11 +10,12 @@ __all__ = ['SKYCELL', 'STEP', 'PIXELS_PER_DEGREE', 'ZONE_DEC', 'ZONE_COUNT', 'ZO
            'stack_name', 'list_rows', 'list_text', 'exposure_time', 'card', 'cutout_fits', 'fits_block', 'table_fits',
            'spectrum_fits', 'spectrum_roots', 'spectrum_path', 'catalogue_tables', 'make_database', 'to_sqlite',
            'Catalogue', 'csv_text', 'json_text', 'hips_fits', 'hips_wcs', 'Answer', 'error_page', 'form_data',
-           'answer_names', 'answer_cutout', 'answer_hips', 'answer_spectrum', 'answer_sql', 'answer_crossid', 'route',
-           'finish_names', 'StandIn', 'Faults', 'asinh_scaled', 'reset', 'make_parser', 'main']
+           'read_places', 'answer_names', 'answer_cutout', 'answer_hips', 'answer_spectrum', 'answer_sql',
+           'answer_crossid', 'route', 'finish_names', 'StandIn', 'Faults', 'asinh_scaled', 'reset', 'make_parser',
+           'main']
 
 # %% ../nbs/00b_standin.ipynb #2b3dfd3c
-import argparse, hashlib, html, io, json, os, re, select, signal, socket, sqlite3, struct, sys, threading, time
+import argparse, hashlib, html, io, json, os, re, select, signal, socket, sqlite3, struct, sys, threading, time, warnings
 from collections import Counter, defaultdict
 from email import message_from_bytes
 from functools import lru_cache
@@ -39,7 +40,7 @@ PIXELS_PER_DEGREE = 3600 / PIXEL_SCALE
 def _zones():
     "Declination, number of projection cells and the first one's number, for each zone from -30° to 90°."
     dec = np.arange(-30, 91, 4.0)
-    count = np.maximum(np.round(90 * np.cos(np.radians(dec)) / np.cos(np.radians(2))).astype(int), 1)
+    count = np.ceil(90 * np.cos(np.radians(np.maximum(np.abs(dec) - 2, 0))) - 1e-9).astype(int)
     first = np.cumsum(count) - count
     return dec, count, first + 1322 - first[8]
 
@@ -67,11 +68,13 @@ def tangent(
 def find_skycell(
     ra, dec,                        # degrees
 ):                                  # projection cell, sky cell, and x, y in pixels from the projection's centre
-    "The sky cell in which a position lies."
-    zone = np.clip(np.round((np.asarray(dec) + 30) / 4).astype(int), 0, len(ZONE_DEC) - 1)
-    step = 360 / ZONE_COUNT[zone]
-    projcell = ZONE_FIRST[zone] + np.round(np.asarray(ra) % 360 / step).astype(int) % ZONE_COUNT[zone]
-    x, y = tangent(ra, dec, *projcell_centre(projcell))
+    "The sky cell in which a position lies, on the plane whose centre is nearest in x and y."
+    ra, dec = np.asarray(ra, float) % 360, np.asarray(dec, float)
+    zones = np.clip(np.round((dec + 30) / 4).astype(int) + np.array([0, -1, 1]).reshape(3, *[1] * dec.ndim), 0, len(ZONE_DEC) - 1)
+    cells = ZONE_FIRST[zones] + np.round(ra * ZONE_COUNT[zones] / 360).astype(int) % ZONE_COUNT[zones]
+    x, y = tangent(ra, dec, *projcell_centre(cells))                 # (3, …): in its own zone and the two beside it
+    best = np.maximum(np.abs(x), np.abs(y)).argmin(0)[None]
+    projcell, x, y = (np.take_along_axis(v, best, 0)[0] for v in (cells, x, y))
     column, row = (np.clip(np.floor(v / s).astype(int) + 5, 0, 9) for v, s in zip((x, y), STEP))
     return projcell, 10 * row + column, x, y
 
@@ -158,6 +161,8 @@ def _identify(t):
     from spectranb.data.catalog import specobjid_encode
     number = np.arange(len(t))
     t["object_id"] = specobjid_encode(t.plate, t.mjd, t.fiberid, t.run2d)
+    new = t.catalogid > 0                                            # ids of SDSS-V have 28 digits
+    t.loc[new, "object_id"] = [f"{f:05d}{m:05d}{c:018d}" for f, m, c in zip(t.plate[new], t.mjd[new], t.catalogid[new])]
     t["bestObjID"] = [str(1237648720000000000 + 65536 * int(g) + 7) for g in t.galaxy]
     t["sciencePrimary"] = (~t.galaxy.duplicated()).astype(int)
     boss = t.run2d.str.startswith("v")
@@ -198,7 +203,8 @@ class Sky:
         stamp_size:int=STAMP,       # pixels of a stamp
     ):
         self.galaxies, self.stamp, self.spectrum = galaxies.reset_index(drop=True), stamp, spectrum
-        self.background, self.seed, self.stamp_size, self.real = background, seed, stamp_size, {}
+        self.background, self.seed, self.stamp_size = background, seed, stamp_size
+        self.real, self.unseen = {}, set()                           # files served as they are; objects that no image shows
         self._index()
 
     def _index(self):
@@ -208,7 +214,8 @@ class Sky:
         self.places = first.to_numpy()
         cell, _, x, y = find_skycell(g.ra[first].to_numpy(), g.dec[first].to_numpy())
         self.in_cell = {c: (first[cell == c].to_numpy(), x[cell == c], y[cell == c]) for c in np.unique(cell).tolist()}
-        self.by_plate = {(p, m, f): i for i, (p, m, f) in enumerate(zip(g.plate.tolist(), g.mjd.tolist(), g.fiberid.tolist()))}
+        last = np.where(g.catalogid > 0, g.catalogid, g.fiberid)
+        self.by_plate = {key: i for i, key in enumerate(zip(g.plate.tolist(), g.mjd.tolist(), last.tolist()))}
         ra, dec = np.radians(g.ra[first].to_numpy()), np.radians(g.dec[first].to_numpy())
         self.xyz = np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], -1)
     def __len__(self): return len(self.galaxies)
@@ -238,7 +245,7 @@ def image(self:Sky,
     rows, xs, ys = self.in_cell.get(projcell, ((), np.zeros(0), np.zeros(0)))
     half = self.stamp_size // 2
     near = np.flatnonzero((np.abs(xs - x0 - size / 2) < half + size / 2 + 1) & (np.abs(ys - y0 - size / 2) < half + size / 2 + 1))
-    for k in near: self._add(out, rows[k], band, xs[k], ys[k], x0, y0)
+    for k in near[[rows[k] not in self.unseen for k in near]] if len(near) else (): self._add(out, rows[k], band, xs[k], ys[k], x0, y0)
     left, low = skycell_corner(subcell)
     inside = [((v + np.arange(size)) >= a) & ((v + np.arange(size)) < a + n) for v, a, n in ((y0, low, SKYCELL[1]), (x0, left, SKYCELL[0]))]
     if not (inside[0].all() and inside[1].all()): out[~(inside[0][:, None] & inside[1])] = np.nan
@@ -264,11 +271,13 @@ def toy(cls:Sky,
     repeats:float=0.03,             # share of the galaxies with a second spectrum
     others:float=0.06,              # further objects among the targets, as a share of n: stars, quasars, doubtful redshifts
     south:int=0,                    # how many of the good galaxies to move to Dec -40°, where Pan-STARRS has no data
+    sdssv:int=0,                    # how many of them SDSS-V observed: with field and catalogid, in releases from 18 on
 )->Sky:
     "A sky of toy galaxies; no data and no other module are needed."
     rng = np.random.default_rng([seed, n])
     t = _draw_sky(n, rng, per_plate, repeats, others)
     t.loc[t.galaxy < south, "dec"] = -40 + t.dec[t.galaxy < south] / 100
+    _make_sdssv(t, (t.index < n) & (t.galaxy >= n - sdssv))
     t = _with_photometry(_identify(t), rng)
     shares = {b: 10 ** (0.4 * (22.5 - t[f"modelMag_{'z' if b == 'y' else b}"].to_numpy() + (0.1 if b == "y" else 0))) for b in BANDS}
     places = list(t.rename(columns={"class": "spec_class"}).itertuples(index=False))
@@ -280,6 +289,13 @@ def toy(cls:Sky,
     return cls(t, stamp, lambda row: toy_spectrum(places[row], seed), seed=seed)
 
 # %% ../nbs/00b_standin.ipynb #5a7e0493
+def _make_sdssv(t, these):
+    "Turn rows into spectra of SDSS-V: a field in place of the plate, a catalogid in place of the fibre."
+    t["catalogid"] = 0
+    t.loc[these, "plate"], t.loc[these, "mjd"] = 15000 + t.galaxy[these] % 3, 59800
+    t.loc[these, "run2d"], t.loc[these, "catalogid"] = "v6_0_4", 27021597760 + t.galaxy[these]
+    t.loc[these, ["fiberid", "legacy_target1"]] = 0
+
 def toy_spectrum(
     o,                              # a row of the sky's table
     seed:int=0,                     # with the row's place it fixes the noise
@@ -317,7 +333,7 @@ def from_survey(cls:Sky,
     c, rng = survey.catalog, np.random.default_rng([seed, len(survey)])
     mag = c["mag_r"] if "mag_r" in c else pd.Series(17.0, c.index)
     t = _survey_ids(c, seed).assign(galaxy=np.arange(len(c)), ra=c["ra"].to_numpy(), dec=c["dec"].to_numpy(), z=c["redshift"].to_numpy(),
-        petroMag_r=mag.to_numpy(), age=0.5, size=2.0, legacy_target1=64, zWarning=0, source_id=c["object_id"].to_numpy())
+        petroMag_r=mag.to_numpy(), age=0.5, size=2.0, catalogid=0, legacy_target1=64, zWarning=0, source_id=c["object_id"].to_numpy())
     t["class"] = "GALAXY"
     t = _with_photometry(_identify(t), rng)
     for b in BANDS[:4]:
@@ -440,7 +456,10 @@ def _real_cutout(self:Sky, name, ra, dec, size):
     "One of the real cutouts, whole or cut or padded; None where there is none."
     if not (path := self.real.get(name.rsplit("/", 1)[-1])): return None
     with fits.open(path) as hdus: data, header = hdus[0].data, hdus[0].header
-    x, y = (int(np.floor(v + 0.5)) for v in WCS(header).all_world2pix(ra, dec, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # the old form of the header's matrix
+        place = WCS(header).all_world2pix(ra, dec, 0)
+    x, y = (n // 2 if abs(v - n // 2) < 1 else int(np.floor(v + 0.5)) for v, n in zip(place, data.shape[::-1]))
     if (x, y, size) == (data.shape[1] // 2, data.shape[0] // 2, len(data)): return path.read_bytes()
     dx, dy = x - size // 2, y - size // 2
     if not (-size < dx < data.shape[1] and -size < dy < data.shape[0]): return None
@@ -487,7 +506,7 @@ def table_fits(
 # %% ../nbs/00b_standin.ipynb #8b7c0174
 _SPEC = dict(specObjID="object_id", plate="plate", mjd="mjd", fiberID="fiberid", run2d="run2d", ra="ra", dec="dec", z="z", zErr="zErr",
     zWarning="zWarning", snMedian="snMedian", legacy_target1="legacy_target1", survey="survey", instrument="instrument", subClass="subClass",
-    sciencePrimary="sciencePrimary", bestObjID="bestObjID") | {"class": "class"}
+    sciencePrimary="sciencePrimary", bestObjID="bestObjID", catalogid="catalogid") | {"class": "class"}
 
 SYNTHETIC = ((3800, 3980, 3551), (3900, 5400, 4686), (5600, 6900, 6166), (6900, 8200, 7480), (8200, 9200, 8932))     # Å: from, to, middle of ugriz
 
@@ -496,9 +515,9 @@ def _row_table(o, loglam, flux, ivar, model):
     boss, good, lam = o.run2d.startswith("v"), ivar > 0, 10 ** loglam
     sn = float(np.median(flux[good] * np.sqrt(ivar[good]))) if good.any() else 0.0
     synthetic = [float(np.mean(model[(lam > a) & (lam < b)])) * (c / 6170) ** 2 / 0.286 for a, b, c in SYNTHETIC]
-    number = int(o.object_id) - (1 << 64 if int(o.object_id) >= 1 << 63 else 0)
+    number = int(o.object_id) - (1 << 64 if int(o.object_id) >= 1 << 63 else 0)         # as an int64 column shows it
     columns = [("SURVEY", "6A", o.survey), ("INSTRUMENT", "4A", o.instrument), ("PLATE", "J", o.plate), ("MJD", "J", o.mjd), ("FIBERID", "J", o.fiberid),
-        ("SPECOBJID", "K", number) if boss else ("SPECOBJID", "22A", o.object_id.rjust(22)), ("BESTOBJID", "19A", o.bestObjID),
+        ("SPECOBJID", "28A", o.object_id) if o.catalogid else ("SPECOBJID", "K", number) if boss else ("SPECOBJID", "22A", o.object_id.rjust(22)), ("BESTOBJID", "19A", o.bestObjID),
         ("RUN2D", "7A", o.run2d), ("LEGACY_TARGET1", "J", o.legacy_target1), ("PLUG_RA", "D", o.ra), ("PLUG_DEC", "D", o.dec),
         ("CLASS", "6A", o.spec_class), ("SUBCLASS", "21A", o.subClass), ("Z", "E", o.z), ("Z_ERR", "E", o.zErr), ("ZWARNING", "J", o.zWarning),
         ("VDISP", "E", 150.0), ("VDISP_ERR", "E", 10.0), ("SN_MEDIAN_ALL", "E", sn), ("WAVEMIN", "E", lam[0]), ("WAVEMAX", "E", lam[-1]),
@@ -535,6 +554,45 @@ def spec_file(self:Sky,
     o = SimpleNamespace(**{k.replace("class", "spec_class"): g[k].iat[row] for k in [*_SPEC.values(), "object_id"]})
     return spectrum_fits(o, *self.spectrum(row), full=full)
 
+# %% ../nbs/00b_standin.ipynb #22876263
+@patch
+def add_real(self:Sky,
+    folder,                         # with sdss_spectra/spec-*.fits and ps1_cutouts/*.fits
+)->Sky:                             # the sky itself
+    "Serve real files as well: the spectra become rows of the catalogue, the cutouts replace their sky cell."
+    for path in sorted(Path(folder).glob("sdss_spectra/spec-*.fits")): self._add_spectrum(path)
+    for path in sorted(Path(folder).glob("ps1_cutouts/*.fits")):
+        header = fits.getheader(path)
+        projcell, subcell = map(int, header["SKYCELL"].split(".")[1:])
+        self.real[stack_name(projcell, subcell, header["FPA.FILTERID"][0]).rsplit("/", 1)[1]] = path
+    self._index()
+    return self
+
+@patch
+def _add_spectrum(self:Sky, path):
+    "A real spectrum's row."
+    from spectranb.data.spectra import read_sdss_spectrum
+    s, g = read_sdss_spectrum(path), self.galaxies
+    with fits.open(path) as hdus: about = {n.upper(): hdus[2].data[n][0] for n in hdus[2].columns.names}
+    twin = g.index[(np.abs(g.dec - s.dec) < 5e-4) & (np.abs(g.ra - s.ra) < 5e-4)]
+    text = lambda *names: next((str(about[n]).strip() for n in names if n in about), "")
+    row = g.iloc[0].to_dict() | dict(galaxy=g.galaxy[twin[0]] if len(twin) else g.galaxy.max() + 1, object_id=s.object_id, ra=s.ra, dec=s.dec, z=s.redshift,
+        plate=s.plate, mjd=s.mjd, fiberid=s.fiberid, run2d=s.run2d, zWarning=s.zwarning, legacy_target1=int(about.get("LEGACY_TARGET1", 0)),
+        snMedian=s.sn_median, subClass=text("SUBCLASS"), bestObjID=text("BESTOBJID", "OBJID") or "0", survey=text("SURVEY"), instrument=text("INSTRUMENT"),
+        sciencePrimary=int(not len(twin)), row=len(g)) | {"class": s.spec_class}
+    self.unseen.add(len(g)); self.real[s.object_id] = path
+    self.galaxies = pd.concat([g, pd.DataFrame([row])], ignore_index=True)
+
+@patch
+def list(self:Sky,
+    ra:float, dec:float,            # degrees
+    bands="grizy", kinds=("stack",),    # asked for
+):                                  # rows, as `list_rows` gives them
+    "The list for a position; a sky cell of real files has the bands of those alone."
+    rows = list_rows(ra, dec, bands, kinds)
+    cell = rows[0]["shortname"].split(".stk.")[0] if rows else " "
+    return [r for r in rows if r["shortname"] in self.real] if any(name.startswith(cell) for name in self.real) else rows
+
 # %% ../nbs/00b_standin.ipynb #d0af08e2
 LEGACY = ("26", "103", "104")
 
@@ -554,10 +612,12 @@ def spectrum_path(
     full:bool=False,                # the full rather than the lite file
     other:bool=False,               # in the other root
 )->str:                             # path under /sas/
-    "Where the file of a spectrum of SDSS-I to IV stands."
-    kind = "spectra/lite" if not full else "spectra/full" if release >= 16 and run2d not in LEGACY else "spectra"
-    return (f"dr{release}/{spectrum_roots(release, run2d, other)}/{run2d}/{kind}/{plate:04d}/"
-            f"spec-{plate:04d}-{mjd:05d}-{fiberid:04d}.fits")
+    "Where the file of a spectrum stands; for SDSS-V (`v6_…`) plate is the field and fiberid the catalogid."
+    root = f"dr{release}/{spectrum_roots(release, run2d, other)}/{run2d}/spectra/"
+    if run2d.startswith("v6_1"): return f"{root}{'full' if full else 'lite'}/{plate:06d}/{mjd}/spec-{plate:06d}-{mjd}-{fiberid}.fits"
+    if run2d.startswith("v6"): return f"{root}{'full' if full else 'lite'}/{plate}p/{mjd}/spec-{plate}-{mjd}-{fiberid:011d}.fits"
+    kind = "lite/" if not full else "full/" if release >= 16 and run2d not in LEGACY else ""
+    return f"{root}{kind}{plate:04d}/spec-{plate:04d}-{mjd:05d}-{fiberid:04d}.fits"
 
 @patch
 def find_spectrum(self:Sky,
@@ -568,9 +628,11 @@ def find_spectrum(self:Sky,
     if not (m := re.fullmatch(r"dr(\d+)/.*/spec-(\d+)-(\d+)-(\d+)\.fits", path)): return None, False
     release, *key = map(int, m.groups())
     row = self.by_plate.get(tuple(key))
-    if row is None: return None, False
+    if row is None or (self.galaxies.catalogid[row] > 0) > (release >= 18): return None, False
+    run2d = self.galaxies.run2d[row]
+    if run2d == "v6_0_4" and release >= 19: run2d = "v6_1_3"         # the next release reduces anew
     for full in False, True:
-        if path == spectrum_path(release, self.galaxies.run2d[row], *key, full=full, other=other): return row, full
+        if path == spectrum_path(release, run2d, *key, full=full, other=other): return row, full
     return None, False
 
 # %% ../nbs/00b_standin.ipynb #b41bd5c6
@@ -637,7 +699,7 @@ def to_sqlite(
     sql = re.sub(r"(?i)\bISNULL\s*\(", "IFNULL(", sql)
     sql = re.sub(r"(?i)\bCONVERT\s*\(\s*(\w+(?:\s*\(\s*\d+\s*\))?)\s*,([^()]*)\)", r"CAST(\2 AS \1)", sql)
     sql = re.sub(r"(?i)\bOFFSET\s+(\d+)\s+ROWS?\s+FETCH\s+NEXT\s+(\d+)\s+ROWS?\s+ONLY", r"LIMIT \2 OFFSET \1", sql)
-    sql = re.sub(r"(?<![\w'.])(\d{16,20})(?![\w'.])", r"'\1'", sql)   # an id beside a text column
+    sql = re.sub(r"(?<![\w'.])(\d{16,28})(?![\w'.])", r"'\1'", sql)   # an id beside a text column
     return _top_to_limit(re.sub(r"#(\w+)", r"temp_\1", sql))
 
 # %% ../nbs/00b_standin.ipynb #2ada987b
@@ -779,18 +841,29 @@ def _float(q, key):
     try: return float(q[key])
     except (KeyError, ValueError): raise BadInput(key, f"is {q.get(key)!r}, not a number") from None
 
+def read_places(
+    upload:str,                     # lines of text
+    first:int=0,                    # the column of ra, from 0
+):                                  # list of (ra, dec)
+    "Positions of an uploaded list; lines that are none, such as the names of the columns, are left out."
+    places = []
+    for line in upload.splitlines():
+        try: places.append(tuple(map(float, line.replace(",", " ").split()[first:first + 2])))
+        except ValueError: continue
+    return [p for p in places if len(p) == 2]
+
 def answer_names(sky, q, upload):
     "ps1filenames.py: one position, a sky cell, or an uploaded list of positions."
     bands = [b for b in re.sub(r"[,\s]", "", q.get("filters", "grizy")) if b in BANDS]
     kinds = [k.strip() for k in q.get("type", "stack").split(",")]
     if upload is not None:
-        places = [tuple(map(float, line.replace(",", " ").split()[:2])) for line in upload.splitlines() if line.strip()[:1].isdigit() or line.strip()[:1] in "+-." and line.strip()]
+        places = read_places(upload)
         key = f"names.{len(places)}.{hash_number(upload):.9f}"
     elif m := re.fullmatch(r"(\d+)\.(\d+)", q.get("skycell", "")): return _answer_skycell(int(m[1]), int(m[2]), bands, kinds)
     else:
         places = [(_float(q, "ra"), _float(q, "dec"))]
         key = None
-    groups = [(sky.nearest(*p), list_rows(*p, bands, kinds)) for p in places]
+    groups = [(sky.nearest(*p), sky.list(*p, bands, kinds)) for p in places]
     if key is None: key = f"{_name(sky, groups[0][0], *places[0])}.names"
     answer = Answer("", key=key, service="names")
     answer.groups = groups
@@ -800,8 +873,7 @@ def _answer_skycell(projcell, subcell, bands, kinds):
     "The list for a sky cell, whose positions are the cell's centre."
     left, low = skycell_corner(subcell)
     ra0, dec0 = projcell_centre(projcell)
-    wcs = hips_wcs(float(ra0), float(dec0), 0, 0, 1) if False else WCS(dict(CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CRVAL1=float(ra0), CRVAL2=float(dec0),
-        CDELT1=-1 / PIXELS_PER_DEGREE, CDELT2=1 / PIXELS_PER_DEGREE, CRPIX1=0.0, CRPIX2=0.0))
+    wcs = hips_wcs(float(ra0), float(dec0), 1, 1, 1 / PIXELS_PER_DEGREE)
     ra, dec = (float(v) for v in wcs.all_pix2world(left + SKYCELL[0] / 2, low + SKYCELL[1] / 2, 0))
     rows = [r | dict(ra=ra, dec=dec, projcell=projcell, subcell=subcell, filename=stack_name(projcell, subcell, r["filter"], r["type"]),
                      shortname=stack_name(projcell, subcell, r["filter"], r["type"]).rsplit("/", 1)[1]) for r in list_rows(ra, dec, bands, kinds)]
@@ -866,12 +938,7 @@ def answer_sql(catalogue, sql, form, rest=False):
 
 def answer_crossid(catalogue, q, upload):
     "A cross-match by an uploaded list."
-    first = _int(q, "firstcol", 0)
-    places, key = [], f"crossid.{hash_number(upload, q.get('uquery')):.9f}"
-    for line in (upload or "").splitlines():
-        parts = line.replace(",", " ").split()[first:first + 2]
-        try: places.append((float(parts[0]), float(parts[1])))
-        except (ValueError, IndexError): continue                    # the line of names
+    places, key = read_places(upload, _int(q, "firstcol", 0)), f"crossid.{hash_number(upload, q.get('uquery')):.9f}"
     if not 0 < _float(q, "radius") <= 3: return Answer(json.dumps(dict(error_message="radius must be less than 3 arcmin")), key=key, service="sql")
     try: names, rows = catalogue.crossid(places, _float(q, "radius"), q.get("uquery", ""))
     except sqlite3.Error as e: return Answer(json.dumps(dict(error_message=f"Incorrect SQL: {e}")), key=key, service="sql")
@@ -895,7 +962,6 @@ def route(
 
 def _route(sky, catalogue, path, q, form):
     if path.startswith("/ps1/"):
-        script = path.rsplit("/", 1)[-1]
         if path == "/ps1/cgi-bin/ps1filenames.py": return finish_names(answer_names(sky, q, form.get("file")))
         if path == "/ps1/cgi-bin/fitscut.cgi": return answer_cutout(sky, q)
     if path.startswith("/sas/"): return answer_spectrum(sky, path.removeprefix("/sas/"))
@@ -953,9 +1019,10 @@ class StandIn:
         log=None,                   # file to write the log to, a line a request
         port:int=0,                 # 0: any that is free
         row_cap:int=500_000,        # rows of a table that a query gives at most
+        release:int=None,           # answer for this SDSS release alone; None: for all
         **options,                  # of the faults, see `Faults`
     ):
-        self.sky, self.catalogue, self.latency = sky, Catalogue(sky, row_cap), latency
+        self.sky, self.catalogue, self.latency, self.release = sky, Catalogue(sky, row_cap), latency, release
         self.faults = Faults(sky, faults, seed, **options)
         self.errors = []                                             # mistakes of the stand-in itself
         self.records, self.lock, self.stop = [], threading.Lock(), threading.Event()
@@ -1025,7 +1092,9 @@ def handle(self:StandIn,
     record = dict(time=time.time(), method=handler.command, path=path, query=query, key="", service="", fault="", status=0, bytes=0, complete=False)
     try:
         if self.latency: self.stop.wait(self.latency)
-        answer = route(self.sky, self.catalogue, path, query, body, handler.headers.get("Content-Type", ""))
+        other = (m := re.match(r"/(?:sas|skyserver)/dr(\d+)/", path)) and self.release not in (None, int(m[1]))
+        answer = error_page(404, "Not Found") if other else \
+            route(self.sky, self.catalogue, path, query, body, handler.headers.get("Content-Type", ""))
         record.update(key=answer.key, service=answer.service)
         self.faults.play(self, handler, answer, record)
     except OSError: handler.close_connection = True                  # the client has gone
