@@ -69,7 +69,7 @@ class Manners:
     max_pause: float = 900.0        # s, longest `Retry-After` that is waited for
     timeout: float = 60.0           # s without a byte
     deadline: float = 300.0         # s for a whole file
-    give_up: int = 50               # files failed in a row that end the run: the archive is down
+    give_up: int = 20               # files failed in a row that end the run: the archive is down
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -143,6 +143,7 @@ def _plain(error)->str:
     if "IncompleteRead" in text or "Connection broken" in text: return "connection cut in mid-file"
     if "Name or service" in text or "resolve" in text: return "the host's name is not known (no network?)"
     if "refused" in text: return "connection refused"
+    if "reset" in text or "aborted" in text: return "the server closed the connection"
     return f"connection failed ({type(error).__name__})"
 
 # %% ../nbs/00a_download.ipynb #22f61fde
@@ -370,7 +371,7 @@ def fetch(self:Store,
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
                     row = self._settle(future.result(), counts, row); bar.update()
-                bar.set_postfix(absent=counts.absent, failed=counts.failed, retries=counts.retries, refresh=False)
+                bar.set_postfix_str(f"{counts.retries} retries, {counts.absent} absent, {counts.failed} failed", refresh=False)
                 if time.monotonic() - saved > 1: self.db.commit(); saved = time.monotonic()
                 if row >= manners.give_up:
                     raise BadInput(done.pop().result()[0].urls[0], f"{row} requests in a row failed, the last one: "
