@@ -466,6 +466,13 @@ def test_errors_of_the_archive_are_shown(stand_in, tmp_path):
     with pytest.raises(BadInput, match="no whole answer in 2 attempts"): query_sdss(archives=silent.archives, cache=tmp_path, tries=2, timeout=0.3, **QUICK)
 
 
+def test_over_the_limit_it_waits_as_told(stand_in):
+    archive = stand_in(faults=dict(sql_rate_limit=1.0), max_repeat=2)
+    server, began = SkyServer(archives=archive.archives, wait=0.4, backoff=0.01), time.monotonic()
+    server.sql("SELECT COUNT(*) AS n FROM SpecObj")
+    assert server.retries == 2 and time.monotonic() - began >= 0.8 and np.diff(archive.log()["time"]).min() >= 0.4
+
+
 def test_a_row_that_contradicts_itself_is_listed(sky, tmp_path):
     from spectranb.standin import Sky, StandIn
     wrong = Sky.toy(60, seed=1)
