@@ -322,7 +322,8 @@ def test_addresses(row, release, lite, first, second):
 def test_an_id_is_enough_and_rows_of_any_kind_will_do():
     want = spectrum_urls(LEGACY)
     for row in (dict(object_id="299489676975171584"), dict(object_id="299489676975171584", plate=np.nan, run2d=None), LEGACY | dict(run2d=26), LEGACY | dict(run2d=26.0, plate=266.0),
-                pd.Series(LEGACY), pd.DataFrame([LEGACY]).iloc[0], {k: str(v) for k, v in LEGACY.items()}, LEGACY | dict(object_id="my galaxy")):
+                pd.Series(LEGACY), pd.DataFrame([LEGACY]).iloc[0], {k: str(v) for k, v in LEGACY.items()}, LEGACY | dict(object_id="my galaxy"),
+                dict(object_id="299489676975171584", catalogid="4375786564"), LEGACY | dict(catalogid=4375786564)):
         assert spectrum_urls(row) == want
     assert "/10000/spec-10000-57346-0007.fits" in spectrum_urls(dict(object_id=specobjid_encode(**BOSS)))[0]
 

@@ -144,7 +144,8 @@ def _observation(row, packed=None):
     "What a row (and its unpacked id) says of one observation: object_id, plate, mjd, fiberid, run2d, or field, mjd, catalogid, run2d; `BadInput` if too little."
     row = dict(row)
     object_id = _known(row, "object_id")
-    keys = _FIELD_KEYS if _known(row, "catalogid") else _PLATE_KEYS
+    of_field = _known(row, "catalogid") and (_known(row, "run2d").startswith("v6") or _known(row, "field") or not (_known(row, "plate") or object_id))
+    keys = _FIELD_KEYS if of_field else _PLATE_KEYS                  # tables of SDSS-V give older objects a catalogid too
     out = {k: _known(row, k) for k in keys}
     if keys is _PLATE_KEYS and re.fullmatch(r"\d{17,20}", object_id):
         packed = {k: str(v) for k, v in (packed or specobjid_decode(object_id)).items()}
