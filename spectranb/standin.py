@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SKYCELL', 'STEP', 'PIXELS_PER_DEGREE', 'ZONE_DEC', 'ZONE_COUNT', 'ZONE_FIRST', 'SKY_SIGMA', 'STAMP', 'TOY_LINES',
-           'TOY_ABSORPTION', 'OLD_COLUMNS', 'NEW_COLUMNS', 'SOUTH_EDGE', 'NAME_PATTERN', 'SYNTHETIC', 'TOY_LINE_NAMES',
-           'LEGACY', 'FAULTS', 'projcell_centre', 'tangent', 'find_skycell', 'skycell_corner', 'hash_number',
-           'noise_tile', 'noise_at', 'toy_components', 'toy_flux', 'Sky', 'toy_spectrum', 'spread_spectrum',
-           'stack_name', 'list_rows', 'list_text', 'exposure_time', 'card', 'cutout_fits', 'fits_block', 'table_fits',
-           'spectrum_fits', 'spectrum_roots', 'spectrum_path', 'catalogue_tables', 'make_database', 'to_sqlite',
-           'Catalogue', 'csv_text', 'json_text', 'hips_fits', 'hips_wcs', 'Answer', 'error_page', 'form_data',
-           'read_places', 'answer_names', 'answer_cutout', 'answer_hips', 'answer_spectrum', 'answer_sql',
-           'answer_crossid', 'route', 'finish_names', 'StandIn', 'Faults', 'asinh_scaled', 'reset', 'make_parser',
-           'main']
+           'TOY_ABSORPTION', 'OLD_COLUMNS', 'NEW_COLUMNS', 'SOUTH_EDGE', 'INPUT_CARDS', 'NAME_PATTERN', 'SYNTHETIC',
+           'TOY_LINE_NAMES', 'LEGACY', 'FAULTS', 'projcell_centre', 'tangent', 'find_skycell', 'skycell_corner',
+           'hash_number', 'noise_tile', 'noise_at', 'toy_components', 'toy_flux', 'Sky', 'toy_spectrum',
+           'spread_spectrum', 'stack_name', 'list_rows', 'list_text', 'exposure_time', 'card', 'cutout_fits',
+           'fits_block', 'table_fits', 'spectrum_fits', 'spectrum_roots', 'spectrum_path', 'catalogue_tables',
+           'make_database', 'to_sqlite', 'Catalogue', 'csv_text', 'json_text', 'hips_fits', 'hips_wcs', 'Answer',
+           'error_page', 'form_data', 'read_places', 'answer_names', 'answer_cutout', 'answer_hips', 'answer_spectrum',
+           'answer_sql', 'answer_crossid', 'route', 'finish_names', 'StandIn', 'Faults', 'asinh_scaled', 'reset',
+           'make_parser', 'main']
 
 # %% ../nbs/00b_standin.ipynb #2b3dfd3c
 import argparse, hashlib, html, io, json, os, re, select, signal, socket, sqlite3, struct, sys, threading, time, warnings
@@ -140,15 +140,19 @@ def toy_flux(
 def _plates(rng, count):
     "Plates: number, MJD, run2d, centre."
     boss = np.arange(count) % 3 == 2
-    plate = np.where(boss, np.where(np.arange(count) // 3 % 2 == 0, rng.integers(8192, 11000, count), rng.integers(3600, 7300, count)),
+    plate = np.where(boss, np.where(np.arange(count) // 3 % 2 == 0, rng.integers(8192, 11000, count),
+        rng.integers(3600, 7300, count)),
                      rng.integers(266, 2900, count))
-    return pd.DataFrame(dict(plate=plate, mjd=np.where(boss, rng.integers(55200, 58500, count), rng.integers(51600, 54600, count)),
-        run2d=np.where(boss, "v5_13_2", "26"), ra0=rng.uniform(120, 240, count), dec0=rng.uniform(0, 55, count))).drop_duplicates("plate")
+    return pd.DataFrame(dict(plate=plate,
+        mjd=np.where(boss, rng.integers(55200, 58500, count), rng.integers(51600, 54600, count)),
+        run2d=np.where(boss, "v5_13_2", "26"), ra0=rng.uniform(120, 240, count),
+        dec0=rng.uniform(0, 55, count))).drop_duplicates("plate")
 
 def _with_photometry(t, rng):
     "Add SDSS magnitudes and the like to a table that has petroMag_r and age."
     colour = dict(u=1.2 + 1.3 * t.age, g=0.45 + 0.4 * t.age, r=0 * t.age, i=-0.2 - 0.2 * t.age, z=-0.3 - 0.4 * t.age)
-    new = {f"{kind}Mag_{b}": t.petroMag_r + c + step for kind, step in (("petro", 0), ("model", 0.03), ("psf", 1.2), ("fiber", 1.3)) for b, c in colour.items()}
+    new = {f"{kind}Mag_{b}": t.petroMag_r + c + step for kind, step in (("petro", 0), ("model", 0.03), ("psf", 1.2),
+        ("fiber", 1.3)) for b, c in colour.items()}
     new |= {f"{kind}MagErr_{b}": 0 * t.age + 0.02 for kind in ("petro", "model", "psf", "fiber") for b in colour}
     ext = rng.uniform(0.02, 0.15, len(t))
     new |= {f"extinction_{b}": ext * k for b, k in dict(u=1.87, g=1.44, r=1.0, i=0.75, z=0.55).items()}
@@ -171,6 +175,7 @@ def _identify(t):
     t["subClass"] = np.where((t["class"] == "GALAXY") & (t.age < 0.5), "STARFORMING", "")
     return t.assign(row=number)
 
+# %% ../nbs/00b_standin.ipynb #be265973
 def _draw_sky(n, rng, per_plate, repeats, others):
     "Rows of a toy sky without its photometry."
     plates = _plates(rng, max(-(-n // per_plate), 3))
@@ -178,10 +183,11 @@ def _draw_sky(n, rng, per_plate, repeats, others):
     p = plates.iloc[np.arange(total) % len(plates)].reset_index(drop=True)
     angle, radius = rng.uniform(0, 2 * np.pi, total), 1.45 * np.sqrt(rng.random(total))
     dec = p.dec0 + radius * np.sin(angle)
-    t = p[["plate", "mjd", "run2d"]].assign(galaxy=np.arange(total), fiberid=np.arange(total) // len(plates) % 640 + 1, dec=dec,
-        ra=(p.ra0 + radius * np.cos(angle) / np.cos(np.radians(dec))) % 360, z=rng.uniform(0.01, 0.3, total), age=rng.random(total),
-        petroMag_r=17.8 - 3.2 * rng.random(total) ** 2, size=rng.uniform(1.2, 4.5, total), axis_ratio=rng.uniform(0.35, 1, total),
-        bulge=rng.uniform(0.1, 0.8, total), angle=rng.uniform(0, np.pi, total), legacy_target1=rng.choice([64, 64, 64, 128, 96], total), zWarning=0)
+    t = p[["plate", "mjd", "run2d"]].assign(galaxy=np.arange(total), fiberid=np.arange(total) // len(plates) % 640 + 1,
+        dec=dec, ra=(p.ra0 + radius * np.cos(angle) / np.cos(np.radians(dec))) % 360, z=rng.uniform(0.01, 0.3, total),
+        age=rng.random(total), petroMag_r=17.8 - 3.2 * rng.random(total) ** 2, size=rng.uniform(1.2, 4.5, total),
+        axis_ratio=rng.uniform(0.35, 1, total), bulge=rng.uniform(0.1, 0.8, total), angle=rng.uniform(0, np.pi, total),
+        legacy_target1=rng.choice([64, 64, 64, 128, 96], total), zWarning=0)
     t["bulge_size"], t["class"] = 0.6 * t["size"], "GALAXY"
     odd = np.arange(total) >= n
     t.loc[odd, "class"] = rng.choice(["STAR", "QSO", "GALAXY"], odd.sum())
@@ -245,12 +251,15 @@ def image(self:Sky,
     rows, xs, ys = self.in_cell.get(projcell, ((), np.zeros(0), np.zeros(0)))
     half = self.stamp_size // 2
     near = np.flatnonzero((np.abs(xs - x0 - size / 2) < half + size / 2 + 1) & (np.abs(ys - y0 - size / 2) < half + size / 2 + 1))
-    for k in near[[rows[k] not in self.unseen for k in near]] if len(near) else (): self._add(out, rows[k], band, xs[k], ys[k], x0, y0)
+    for k in near[[rows[k] not in self.unseen for k in near]] if len(near) else (): self._add(out, rows[k], band, xs[k], ys[k],
+        x0, y0)
     left, low = skycell_corner(subcell)
-    inside = [((v + np.arange(size)) >= a) & ((v + np.arange(size)) < a + n) for v, a, n in ((y0, low, SKYCELL[1]), (x0, left, SKYCELL[0]))]
+    inside = [((v + np.arange(size)) >= a) & ((v + np.arange(size)) < a + n) for v, a,
+        n in ((y0, low, SKYCELL[1]), (x0, left, SKYCELL[0]))]
     if not (inside[0].all() and inside[1].all()): out[~(inside[0][:, None] & inside[1])] = np.nan
     return out
 
+# %% ../nbs/00b_standin.ipynb #aa0e83f3
 @patch
 def _add(self:Sky, out, row, band, x, y, x0, y0):
     "Put a galaxy's stamp into the piece `out` of the sky; x, y: where it stands, x0, y0: the lower left pixel."
@@ -303,7 +312,8 @@ def toy_spectrum(
     "A noisy spectrum on SDSS pixels, with some bad ones."
     rng = np.random.default_rng([seed, o.plate, o.mjd, o.fiberid])
     boss = o.run2d.startswith("v")
-    loglam = (35500 if boss else 35780) * 1e-4 + 1e-4 * np.arange(int(rng.integers(4590, 4640) if boss else rng.integers(3810, 3846)))
+    loglam = (35500 if boss else 35780) * 1e-4 + 1e-4 * np.arange(int(rng.integers(4590, 4640) if boss else rng.integers(3810,
+        3846)))
     fibre = 10 ** (0.4 * (22.5 - getattr(o, "fiberMag_r")))
     model = toy_flux(loglam, o.z, o.age, fibre)
     x = (loglam - loglam[0]) / (loglam[-1] - loglam[0])
@@ -315,7 +325,7 @@ def toy_spectrum(
     return loglam, flux, ivar, mask, model
 
 # %% ../nbs/00b_standin.ipynb #4ffb8797
-def _survey_ids(c, seed):
+def _survey_ids(c):
     "plate, mjd, fiberid, run2d of a survey's objects: from their ids if they are specObjIDs, made up otherwise."
     from spectranb.data.catalog import specobjid_decode
     try: return specobjid_decode(c["object_id"].tolist())
@@ -332,15 +342,17 @@ def from_survey(cls:Sky,
     "The galaxies of a survey: its cutouts as they are, its spectra in the observed frame on SDSS pixels."
     c, rng = survey.catalog, np.random.default_rng([seed, len(survey)])
     mag = c["mag_r"] if "mag_r" in c else pd.Series(17.0, c.index)
-    t = _survey_ids(c, seed).assign(galaxy=np.arange(len(c)), ra=c["ra"].to_numpy(), dec=c["dec"].to_numpy(), z=c["redshift"].to_numpy(),
-        petroMag_r=mag.to_numpy(), age=0.5, size=2.0, catalogid=0, legacy_target1=64, zWarning=0, source_id=c["object_id"].to_numpy())
+    t = _survey_ids(c).assign(galaxy=np.arange(len(c)), ra=c["ra"].to_numpy(), dec=c["dec"].to_numpy(),
+        z=c["redshift"].to_numpy(), petroMag_r=mag.to_numpy(), age=0.5, size=2.0, catalogid=0, legacy_target1=64, zWarning=0,
+        source_id=c["object_id"].to_numpy())
     t["class"] = "GALAXY"
     t = _with_photometry(_identify(t), rng)
     for b in BANDS[:4]:
         if f"mag_{b}" in c: t[f"petroMag_{b}"] = t[f"modelMag_{b}"] = c[f"mag_{b}"].to_numpy()
     cutout = lru_cache(32)(lambda row: np.asarray(survey.cutouts[row], "f4"))
     boss, norm = t.run2d.str.startswith("v").to_numpy(), c["norm"].to_numpy(float)
-    def spectrum(row): return spread_spectrum(survey.spectra[row] * norm[row], survey.ivar[row] / norm[row] ** 2, t.z[row], boss[row], [seed, row])
+    def spectrum(row): return spread_spectrum(survey.spectra[row] * norm[row], survey.ivar[row] / norm[row] ** 2, t.z[row],
+        boss[row], [seed, row])
     return cls(t, lambda row, band, fx, fy: cutout(row)[BANDS.index(band)], spectrum, background=False, stamp_size=survey.size)
 
 # %% ../nbs/00b_standin.ipynb #cb19de33
@@ -400,20 +412,23 @@ def card(key, value, comment=""):
     "One 80-byte FITS card; longer keys as HIERARCH."
     return fits.Card(key if len(key) <= 8 and "." not in key else f"HIERARCH {key}", value, comment).image.encode()
 
+INPUT_CARDS = dict(INP="simulated", SCL=32.5, ZPT=24.5, EXP=43.0, AIR=1.1)      # one of each for every exposure
+
 @lru_cache(512)
 def _fixed_cards(projcell, subcell, band):
     "The cards that all cutouts of one stack share."
     ra, dec = projcell_centre(projcell)
     exptime, n = exposure_time(projcell, subcell, band), int(exposure_time(projcell, subcell, band) / 43)
-    step = float(np.float32(1 / PIXELS_PER_DEGREE))
-    cards = [("CTYPE1", "RA---TAN"), ("CTYPE2", "DEC--TAN"), ("CRVAL1", float(ra)), ("CRVAL2", float(dec)), ("CDELT1", 1 / PIXELS_PER_DEGREE),
-        ("CDELT2", 1 / PIXELS_PER_DEGREE), ("PC001001", -1.0), ("PC001002", 0.0), ("PC002001", 0.0), ("PC002002", 1.0), ("NINPUTS", n),
-        ("STK_TYPE", "DEEP_STACK"), ("SKYCELL", f"skycell.{projcell:04d}.{subcell:03d}"), ("TESS_ID", "RINGS.V3"),
-        *((f"{k}_{i:04d}", v) for k, v in (("INP", "simulated"), ("SCL", 32.5), ("ZPT", 24.5), ("EXP", 43.0), ("AIR", 1.1)) for i in range(n)),
-        ("FPA.FILTERID", f"{band}.00000"), ("FPA.FILTER", f"{band}.00000"), ("FPA.ALT", "NaN"), ("FPA.ZP", 25.0), ("CHIP.SEEING", "NaN"),
-        ("CELL.GAIN", 1.1), ("CELL.SATURATION", 1.2e6), ("EXPTIME", exptime), ("MJD-OBS", 56000.0)]
+    cards = [("CTYPE1", "RA---TAN"), ("CTYPE2", "DEC--TAN"), ("CRVAL1", float(ra)), ("CRVAL2", float(dec)),
+        ("CDELT1", 1 / PIXELS_PER_DEGREE), ("CDELT2", 1 / PIXELS_PER_DEGREE), ("PC001001", -1.0), ("PC001002", 0.0),
+        ("PC002001", 0.0), ("PC002002", 1.0), ("NINPUTS", n), ("STK_TYPE", "DEEP_STACK"),
+        ("SKYCELL", f"skycell.{projcell:04d}.{subcell:03d}"), ("TESS_ID", "RINGS.V3"),
+        *((f"{k}_{i:04d}", v) for k, v in INPUT_CARDS.items() for i in range(n)), ("FPA.FILTERID", f"{band}.00000"), ("FPA.FILTER", f"{band}.00000"), ("FPA.ALT", "NaN"),
+        ("FPA.ZP", 25.0), ("CHIP.SEEING", "NaN"), ("CELL.GAIN", 1.1), ("CELL.SATURATION", 1.2e6), ("EXPTIME", exptime),
+        ("MJD-OBS", 56000.0)]
     return b"".join(card(*c) for c in cards)
 
+# %% ../nbs/00b_standin.ipynb #9287b6ce
 def cutout_fits(
     values,                         # (H, W) as they shall be stored
     crpix,                          # x, y of the projection's centre, FITS convention (from 1)
@@ -422,13 +437,15 @@ def cutout_fits(
 )->bytes:                           # a FITS file
     "A cutout as `fitscut` writes it: one image, big-endian float32."
     height, width = values.shape
-    head = [card("SIMPLE", True), card("BITPIX", -32), card("NAXIS", 2), card("NAXIS1", width), card("NAXIS2", height), card("EXTEND", True), fixed,
-            card("CRPIX1", float(crpix[0]), "Reference pixel shifted for cutout"), card("CRPIX2", float(crpix[1]), "Reference pixel shifted for cutout"),
-            *(card(*e) for e in extra), b"HISTORY Created by fitscut 1.4.2 (simulated)".ljust(80), card("RADESYS", "FK5"), card("TIMESYS", "TAI"), b"END".ljust(80)]
+    head = [card("SIMPLE", True), card("BITPIX", -32), card("NAXIS", 2), card("NAXIS1", width), card("NAXIS2", height),
+        card("EXTEND", True), fixed, card("CRPIX1", float(crpix[0]), "Reference pixel shifted for cutout"),
+        card("CRPIX2", float(crpix[1]), "Reference pixel shifted for cutout"), *(card(*e) for e in extra),
+        b"HISTORY Created by fitscut 1.4.2 (simulated)".ljust(80), card("RADESYS", "FK5"), card("TIMESYS", "TAI"),
+        b"END".ljust(80)]
     head, body = b"".join(head), values.astype(">f4").tobytes()
     return head.ljust(-(-len(head) // 2880) * 2880) + body.ljust(-(-len(body) // 2880) * 2880, b"\0")
 
-# %% ../nbs/00b_standin.ipynb #9287b6ce
+# %% ../nbs/00b_standin.ipynb #f7ae9d2d
 NAME_PATTERN = re.compile(r"rings\.v3\.skycell\.(\d{4})\.(\d{3})\.stk\.([grizy])\.unconv\.fits$")
 
 @patch
@@ -451,6 +468,7 @@ def cutout(self:Sky,
     counts, extra = (counts, ()) if change is None else change(counts)
     return cutout_fits(counts, (1 - x0, 1 - y0), _fixed_cards(projcell, subcell, band), extra)
 
+# %% ../nbs/00b_standin.ipynb #b169ad2e
 @patch
 def _real_cutout(self:Sky, name, ra, dec, size):
     "One of the real cutouts, whole or cut or padded; None where there is none."
@@ -482,8 +500,10 @@ def _dtype(fmt):
 def _table_header(name, columns, n_rows):
     "Header of a table; `columns`: pairs of name and format."
     width = np.dtype([(c, _dtype(f)) for c, f in columns]).itemsize
-    cards = [("XTENSION", "BINTABLE"), ("BITPIX", 8), ("NAXIS", 2), ("NAXIS1", width), ("NAXIS2", n_rows), ("PCOUNT", 0), ("GCOUNT", 1), ("TFIELDS", len(columns)),
-             *((f"{k}{i + 1}", v) for i, c in enumerate(columns) for k, v in (("TTYPE", c[0]), ("TFORM", c[1]))), ("EXTNAME", name)]
+    cards = [("XTENSION", "BINTABLE"), ("BITPIX", 8), ("NAXIS", 2), ("NAXIS1", width), ("NAXIS2", n_rows), ("PCOUNT", 0),
+        ("GCOUNT", 1), ("TFIELDS", len(columns)),
+        *((f"{k}{i + 1}", v) for i, c in enumerate(columns) for k, v in (("TTYPE", c[0]), ("TFORM", c[1]))),
+        ("EXTNAME", name)]
     return fits_block(b"".join(card(*c) for c in cards) + b"END".ljust(80), b" ")
 
 def fits_block(
@@ -504,9 +524,10 @@ def table_fits(
     return _table_header(name, layout, len(rows)) + fits_block(rows.tobytes())
 
 # %% ../nbs/00b_standin.ipynb #8b7c0174
-_SPEC = dict(specObjID="object_id", plate="plate", mjd="mjd", fiberID="fiberid", run2d="run2d", ra="ra", dec="dec", z="z", zErr="zErr",
-    zWarning="zWarning", snMedian="snMedian", legacy_target1="legacy_target1", survey="survey", instrument="instrument", subClass="subClass",
-    sciencePrimary="sciencePrimary", bestObjID="bestObjID", catalogid="catalogid") | {"class": "class"}
+_SPEC = dict(specObjID="object_id", plate="plate", mjd="mjd", fiberID="fiberid", run2d="run2d", ra="ra", dec="dec", z="z",
+    zErr="zErr", zWarning="zWarning", snMedian="snMedian", legacy_target1="legacy_target1", survey="survey",
+    instrument="instrument", subClass="subClass", sciencePrimary="sciencePrimary", bestObjID="bestObjID",
+    catalogid="catalogid") | {"class": "class"}
 
 SYNTHETIC = ((3800, 3980, 3551), (3900, 5400, 4686), (5600, 6900, 6166), (6900, 8200, 7480), (8200, 9200, 8932))     # Å: from, to, middle of ugriz
 
@@ -516,12 +537,14 @@ def _row_table(o, loglam, flux, ivar, model):
     sn = float(np.median(flux[good] * np.sqrt(ivar[good]))) if good.any() else 0.0
     synthetic = [float(np.mean(model[(lam > a) & (lam < b)])) * (c / 6170) ** 2 / 0.286 for a, b, c in SYNTHETIC]
     number = int(o.object_id) - (1 << 64 if int(o.object_id) >= 1 << 63 else 0)         # as an int64 column shows it
-    columns = [("SURVEY", "6A", o.survey), ("INSTRUMENT", "4A", o.instrument), ("PLATE", "J", o.plate), ("MJD", "J", o.mjd), ("FIBERID", "J", o.fiberid),
-        ("SPECOBJID", "28A", o.object_id) if o.catalogid else ("SPECOBJID", "K", number) if boss else ("SPECOBJID", "22A", o.object_id.rjust(22)), ("BESTOBJID", "19A", o.bestObjID),
-        ("RUN2D", "7A", o.run2d), ("LEGACY_TARGET1", "J", o.legacy_target1), ("PLUG_RA", "D", o.ra), ("PLUG_DEC", "D", o.dec),
-        ("CLASS", "6A", o.spec_class), ("SUBCLASS", "21A", o.subClass), ("Z", "E", o.z), ("Z_ERR", "E", o.zErr), ("ZWARNING", "J", o.zWarning),
-        ("VDISP", "E", 150.0), ("VDISP_ERR", "E", 10.0), ("SN_MEDIAN_ALL", "E", sn), ("WAVEMIN", "E", lam[0]), ("WAVEMAX", "E", lam[-1]),
-        ("SPECTROFLUX", "5E", synthetic), ("SPECTROFLUX_IVAR", "5E", [100.0] * 5)]
+    stored = ("28A", o.object_id) if o.catalogid else ("K", number) if boss else ("22A", o.object_id.rjust(22))
+    columns = [("SURVEY", "6A", o.survey), ("INSTRUMENT", "4A", o.instrument), ("PLATE", "J", o.plate), ("MJD", "J", o.mjd),
+        ("FIBERID", "J", o.fiberid), ("SPECOBJID", *stored), ("BESTOBJID", "19A", o.bestObjID),
+        ("RUN2D", "7A", o.run2d), ("LEGACY_TARGET1", "J", o.legacy_target1), ("PLUG_RA", "D", o.ra),
+        ("PLUG_DEC", "D", o.dec), ("CLASS", "6A", o.spec_class), ("SUBCLASS", "21A", o.subClass), ("Z", "E", o.z),
+        ("Z_ERR", "E", o.zErr), ("ZWARNING", "J", o.zWarning), ("VDISP", "E", 150.0), ("VDISP_ERR", "E", 10.0),
+        ("SN_MEDIAN_ALL", "E", sn), ("WAVEMIN", "E", lam[0]), ("WAVEMAX", "E", lam[-1]), ("SPECTROFLUX", "5E", synthetic),
+        ("SPECTROFLUX_IVAR", "5E", [100.0] * 5)]
     return table_fits("SPALL" if boss else "SPECOBJ", [(n, f, [v]) for n, f, v in columns])
 
 # %% ../nbs/00b_standin.ipynb #467a900d
@@ -533,13 +556,16 @@ def spectrum_fits(
     full:bool=False,                # append the single exposures
 )->bytes:                           # a FITS file laid out as SDSS does
     "A spectrum's file: header, COADD, SPECOBJ or SPALL, SPZLINE, and exposures in a full file."
-    cards = [("SIMPLE", True), ("BITPIX", 8), ("NAXIS", 0), ("EXTEND", True), ("MJD", o.mjd), ("VACUUM", True), ("PLATEID", o.plate), ("FIBERID", o.fiberid),
-             ("PLUG_RA", o.ra), ("PLUG_DEC", o.dec), ("RUN2D", o.run2d), ("COEFF0", round(float(loglam[0]), 4)), ("COEFF1", 1e-4),
-             ("BUNIT", "1E-17 erg/cm^2/s/Ang"), ("COMMENT", "simulated")]
+    cards = [("SIMPLE", True), ("BITPIX", 8), ("NAXIS", 0), ("EXTEND", True), ("MJD", o.mjd), ("VACUUM", True),
+        ("PLATEID", o.plate), ("FIBERID", o.fiberid), ("PLUG_RA", o.ra), ("PLUG_DEC", o.dec), ("RUN2D", o.run2d),
+        ("COEFF0", round(float(loglam[0]), 4)), ("COEFF1", 1e-4), ("BUNIT", "1E-17 erg/cm^2/s/Ang"),
+        ("COMMENT", "simulated")]
     primary = fits_block(b"".join(card(*c) for c in cards) + b"END".ljust(80), b" ")
-    pixels = dict(flux=flux, loglam=loglam, ivar=ivar, and_mask=and_mask, or_mask=and_mask, wdisp=np.where(ivar > 0, 1.05, 0), sky=2 + 0 * flux, model=model)
+    pixels = dict(flux=flux, loglam=loglam, ivar=ivar, and_mask=and_mask, or_mask=and_mask, wdisp=np.where(ivar > 0, 1.05, 0),
+        sky=2 + 0 * flux, model=model)
     pixels = [(k, "J" if "mask" in k else "E", v) for k, v in pixels.items()]
-    lines = table_fits("SPZLINE", [("LINENAME", "13A", TOY_LINE_NAMES), ("LINEWAVE", "D", [3728.3, 4862.7, 5008.2, 6564.6, 6585.3]), ("LINEZ", "E", [o.z] * 5)])
+    lines = table_fits("SPZLINE", [("LINENAME", "13A", TOY_LINE_NAMES),
+        ("LINEWAVE", "D", [3728.3, 4862.7, 5008.2, 6564.6, 6585.3]), ("LINEZ", "E", [o.z] * 5)])
     exposures = [table_fits(f"{arm}-00002591", pixels) for arm in ("B1", "R1")] if full else []
     return b"".join([primary, table_fits("COADD", pixels), _row_table(o, loglam, flux, ivar, model), lines, *exposures])
 
@@ -576,9 +602,10 @@ def _add_spectrum(self:Sky, path):
     with fits.open(path) as hdus: about = {n.upper(): hdus[2].data[n][0] for n in hdus[2].columns.names}
     twin = g.index[(np.abs(g.dec - s.dec) < 5e-4) & (np.abs(g.ra - s.ra) < 5e-4)]
     text = lambda *names: next((str(about[n]).strip() for n in names if n in about), "")
-    row = g.iloc[0].to_dict() | dict(galaxy=g.galaxy[twin[0]] if len(twin) else g.galaxy.max() + 1, object_id=s.object_id, ra=s.ra, dec=s.dec, z=s.redshift,
-        plate=s.plate, mjd=s.mjd, fiberid=s.fiberid, run2d=s.run2d, zWarning=s.zwarning, legacy_target1=int(about.get("LEGACY_TARGET1", 0)),
-        snMedian=s.sn_median, subClass=text("SUBCLASS"), bestObjID=text("BESTOBJID", "OBJID") or "0", survey=text("SURVEY"), instrument=text("INSTRUMENT"),
+    row = g.iloc[0].to_dict() | dict(galaxy=g.galaxy[twin[0]] if len(twin) else g.galaxy.max() + 1, object_id=s.object_id,
+        ra=s.ra, dec=s.dec, z=s.redshift, plate=s.plate, mjd=s.mjd, fiberid=s.fiberid, run2d=s.run2d, zWarning=s.zwarning,
+        legacy_target1=int(about.get("LEGACY_TARGET1", 0)), snMedian=s.sn_median, subClass=text("SUBCLASS"),
+        bestObjID=text("BESTOBJID", "OBJID") or "0", survey=text("SURVEY"), instrument=text("INSTRUMENT"),
         sciencePrimary=int(not len(twin)), row=len(g)) | {"class": s.spec_class}
     self.unseen.add(len(g)); self.real[s.object_id] = path
     self.galaxies = pd.concat([g, pd.DataFrame([row])], ignore_index=True)
@@ -606,6 +633,7 @@ def spectrum_roots(
     boss = "boss/spectro/redux" if release <= 12 else "eboss/spectro/redux"
     return boss if (run2d not in LEGACY) != other else "sdss/spectro/redux"
 
+# %% ../nbs/00b_standin.ipynb #18fc3f5c
 def spectrum_path(
     release:int,                    # number of the data release
     run2d:str, plate:int, mjd:int, fiberid:int,     # the spectrum's name
@@ -647,7 +675,8 @@ def catalogue_tables(
     g = galaxies[~galaxies.galaxy.duplicated()]
     number = g.bestObjID.astype("int64")
     photo = g[_PHOTO].assign(objID=g.bestObjID, ra=g.ra, dec=g.dec, type=np.where(g["class"] == "GALAXY", 3, 6), mode=1, clean=1,
-                             run=number // 65536 % 5000, rerun=301, camcol=number // 65536 % 6 + 1, field=number // 65536 % 800, specObjID=g.object_id)
+                             run=number // 65536 % 5000, rerun=301, camcol=number // 65536 % 6 + 1, field=number // 65536 % 800,
+                                 specObjID=g.object_id)
     return dict(SpecObjAll=spec, PhotoObjAll=photo)
 
 def _affinity(name, values):
@@ -655,6 +684,7 @@ def _affinity(name, values):
     if name.lower() in ("specobjid", "bestobjid", "objid"): return "TEXT COLLATE number"
     return "TEXT COLLATE NOCASE" if values.dtype.kind in "OUT" else "INTEGER" if values.dtype.kind in "iub" else "REAL"
 
+# %% ../nbs/00b_standin.ipynb #69cd78b2
 def make_database(
     galaxies,                       # of a `Sky`
 ):                                  # sqlite3 connection
@@ -666,7 +696,8 @@ def make_database(
     db.create_function("STR", -1, lambda x, width=10, places=0: f"{x:{width}.{places}f}")
     tables = catalogue_tables(galaxies)
     columns = [(name, c) for name, t in tables.items() for c in t.columns]
-    tables["fDocColumns"] = pd.DataFrame(columns, columns=["tablename", "name"]).assign(type="", length=0, unit="", ucd="", description="")
+    tables["fDocColumns"] = pd.DataFrame(columns, columns=["tablename", "name"]).assign(type="", length=0, unit="", ucd="",
+        description="")
     for name, t in tables.items():
         db.execute(f"CREATE TABLE {name} ({', '.join(f'{c} {_affinity(c, t[c])}' for c in t.columns)})")
         rows = t.astype(object).itertuples(index=False, name=None)
@@ -710,7 +741,8 @@ class Catalogue:
 
     def query(self, sql):           # T-SQL → column names, rows
         "Run a query; names of plain columns come back as they were written."
-        if not re.match(r"(?is)\s*(select|with)\b", re.sub(r"--[^\n]*", "", sql)): raise sqlite3.OperationalError("only SELECT is allowed")
+        if not re.match(r"(?is)\s*(select|with)\b", re.sub(r"--[^\n]*", "",
+            sql)): raise sqlite3.OperationalError("only SELECT is allowed")
         with self.lock:
             cursor = self.db.execute(to_sqlite(sql))
             return self._names(sql, [d[0] for d in cursor.description]), cursor.fetchmany(self.row_cap)
@@ -731,7 +763,8 @@ class Catalogue:
             found = self.sky.nearest(ra, dec, 60 * radius)
             if found is not None: rows.append((k + 1, self.sky.galaxies.bestObjID[found]))
         with self.lock:
-            for name, columns, values in (("upload", "up_id, up_name, up_ra, up_dec", [(k + 1, f"{k}", *p) for k, p in enumerate(places)]),
+            for name, columns, values in (("upload", "up_id, up_name, up_ra, up_dec",
+                [(k + 1, f"{k}", *p) for k, p in enumerate(places)]),
                                           ("x", "up_id, objID TEXT COLLATE number", rows)):
                 self.db.execute(f"DROP TABLE IF EXISTS temp_{name}")
                 self.db.execute(f"CREATE TEMP TABLE temp_{name} ({columns})")
@@ -778,6 +811,7 @@ def hips_fits(
     fits.PrimaryHDU(out.astype("f4"), header).writeto(file)
     return file.getvalue()
 
+# %% ../nbs/00b_standin.ipynb #3153282e
 def _bilinear(image, x, y):
     "Values of `image` between its pixels; NaN outside."
     i, j = np.floor(y).astype(int), np.floor(x).astype(int)
@@ -821,14 +855,16 @@ def error_page(
 )->Answer:
     "An error as a web server words it: in HTML."
     return Answer(f"<!DOCTYPE HTML PUBLIC \"-//IETF//DTD HTML 2.0//EN\">\n<html><head>\n<title>{status} {text}</title>\n</head><body>\n"
-                  f"<h1>{text}</h1>\n<p>The stand-in archive says: {html.escape(text)}.</p>\n</body></html>\n", "text/html", status, **kwargs)
+                  f"<h1>{text}</h1>\n<p>The stand-in archive says: {html.escape(text)}.</p>\n</body></html>\n", "text/html",
+                      status, **kwargs)
 
 def form_data(
     body:bytes,                     # of a POST
     content_type:str,               # its header
 ):                                  # dict of fields and of uploaded texts
     "The fields of a form, sent either way."
-    if not content_type.startswith("multipart/"): return {k: v[0] for k, v in parse_qs(body.decode(), keep_blank_values=True).items()}
+    if not content_type.startswith("multipart/"): return {k: v[0] for k,
+        v in parse_qs(body.decode(), keep_blank_values=True).items()}
     message = message_from_bytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
     return {p.get_param("name", header="content-disposition"): p.get_payload(decode=True).decode() for p in message.get_payload()}
 
@@ -869,14 +905,17 @@ def answer_names(sky, q, upload):
     answer.groups = groups
     return answer
 
+# %% ../nbs/00b_standin.ipynb #d86cbe9f
 def _answer_skycell(projcell, subcell, bands, kinds):
     "The list for a sky cell, whose positions are the cell's centre."
     left, low = skycell_corner(subcell)
     ra0, dec0 = projcell_centre(projcell)
     wcs = hips_wcs(float(ra0), float(dec0), 1, 1, 1 / PIXELS_PER_DEGREE)
     ra, dec = (float(v) for v in wcs.all_pix2world(left + SKYCELL[0] / 2, low + SKYCELL[1] / 2, 0))
-    rows = [r | dict(ra=ra, dec=dec, projcell=projcell, subcell=subcell, filename=stack_name(projcell, subcell, r["filter"], r["type"]),
-                     shortname=stack_name(projcell, subcell, r["filter"], r["type"]).rsplit("/", 1)[1]) for r in list_rows(ra, dec, bands, kinds)]
+    rows = [r | dict(ra=ra, dec=dec, projcell=projcell, subcell=subcell,
+        filename=stack_name(projcell, subcell, r["filter"], r["type"]),
+                     shortname=stack_name(projcell, subcell, r["filter"], r["type"]).rsplit("/", 1)[1]) for r in list_rows(ra,
+                         dec, bands, kinds)]
     answer = Answer("", key=f"skycell.{projcell:04d}.{subcell:03d}.names", service="names")
     answer.groups = [(None, rows)]
     return answer
@@ -885,13 +924,16 @@ def _name(sky, row, ra, dec):
     "What the log calls the object at a position."
     return sky.galaxies.object_id[row] if row is not None else f"{ra:.6f}{dec:+.6f}"
 
-# %% ../nbs/00b_standin.ipynb #d86cbe9f
+# %% ../nbs/00b_standin.ipynb #54462688
 def answer_cutout(sky, q):
     "fitscut.cgi."
-    if q.get("format", "fits").lower() != "fits": return error_page(400, "this stand-in draws no pictures: ask for format=fits", service="cutout")
+    if q.get("format", "fits").lower() != "fits": return error_page(400, "this stand-in draws no pictures: ask for format=fits",
+        service="cutout")
     name, size = q.get("red", ""), _int(q, "size", 240)
-    if not (m := NAME_PATTERN.search(name)) or not 0 < size <= 6000: return error_page(500, "fitscut: bad parameters", service="cutout")
-    if q.get("wcs") or "x" not in q: ra, dec, pixel = _float(q, "x" if "x" in q else "ra"), _float(q, "y" if "x" in q else "dec"), None
+    if not (m := NAME_PATTERN.search(name)) or not 0 < size <= 6000: return error_page(500, "fitscut: bad parameters",
+        service="cutout")
+    if q.get("wcs") or "x" not in q: ra, dec, pixel = _float(q, "x" if "x" in q else "ra"), _float(q,
+        "y" if "x" in q else "dec"), None
     else: ra, dec, pixel = None, None, (_float(q, "x"), _float(q, "y"))
     row = sky.nearest(ra, dec) if pixel is None else None
     key = f"{_name(sky, row, ra, dec)}.{m[3]}" if pixel is None else f"pixel.{m[0]}"
@@ -901,16 +943,20 @@ def answer_cutout(sky, q):
     answer.ask = dict(name=name, ra=ra, dec=dec, size=size, pixel=pixel)
     return answer
 
+# %% ../nbs/00b_standin.ipynb #a1259f72
 def answer_hips(sky, q):
     "hips2fits."
     band = q.get("hips", "").rstrip("/").rsplit("/", 1)[-1]
-    if band not in BANDS or "PANSTARRS" not in q["hips"].upper(): return error_page(400, f"unknown HiPS {q.get('hips')}", service="hips")
+    if band not in BANDS or "PANSTARRS" not in q["hips"].upper(): return error_page(400, f"unknown HiPS {q.get('hips')}",
+        service="hips")
     width, height = _int(q, "width", 224), _int(q, "height", 224)
     if width * height > 4_000_000: return error_page(400, "too many pixels for this stand-in", service="hips")
-    wcs = WCS(json.loads(q["wcs"])) if "wcs" in q else hips_wcs(_float(q, "ra"), _float(q, "dec"), width, height, _float(q, "fov"))
+    wcs = WCS(json.loads(q["wcs"])) if "wcs" in q else hips_wcs(_float(q, "ra"), _float(q, "dec"), width, height,
+        _float(q, "fov"))
     ra, dec = (float(v) for v in wcs.all_pix2world((width - 1) / 2, (height - 1) / 2, 0))
     row = sky.nearest(ra, dec)
-    return Answer(hips_fits(sky, band, wcs, width, height), "image/fits", key=f"{_name(sky, row, ra, dec)}.hips.{band}", service="hips", row=row, band=band)
+    return Answer(hips_fits(sky, band, wcs, width, height), "image/fits", key=f"{_name(sky, row, ra, dec)}.hips.{band}",
+        service="hips", row=row, band=band)
 
 def answer_spectrum(sky, path):
     "A spectrum of the science archive server."
@@ -930,7 +976,8 @@ def answer_sql(catalogue, sql, form, rest=False):
     "A query by SQL, as CSV or JSON; errors as SkyServer words them."
     key = f"sql.{hash_number(sql):.9f}"
     try: names, rows = catalogue.query(sql)
-    except sqlite3.Error as e: return Answer(json.dumps(dict(error_message=f"Incorrect SQL: {e}", query=sql)), "application/json", key=key, service="sql")
+    except sqlite3.Error as e: return Answer(json.dumps(dict(error_message=f"Incorrect SQL: {e}", query=sql)),
+        "application/json", key=key, service="sql")
     text = json_text(names, rows) if form.lower() == "json" else csv_text(names, rows)
     answer = Answer(text, "application/json" if form.lower() == "json" else "text/csv", key=key, service="sql")
     answer.table = names, rows
@@ -939,7 +986,8 @@ def answer_sql(catalogue, sql, form, rest=False):
 def answer_crossid(catalogue, q, upload):
     "A cross-match by an uploaded list."
     places, key = read_places(upload, _int(q, "firstcol", 0)), f"crossid.{hash_number(upload, q.get('uquery')):.9f}"
-    if not 0 < _float(q, "radius") <= 3: return Answer(json.dumps(dict(error_message="radius must be less than 3 arcmin")), key=key, service="sql")
+    if not 0 < _float(q, "radius") <= 3: return Answer(json.dumps(dict(error_message="radius must be less than 3 arcmin")),
+        key=key, service="sql")
     try: names, rows = catalogue.crossid(places, _float(q, "radius"), q.get("uquery", ""))
     except sqlite3.Error as e: return Answer(json.dumps(dict(error_message=f"Incorrect SQL: {e}")), key=key, service="sql")
     answer = Answer(csv_text(names, rows), "text/csv", key=key, service="sql")
@@ -966,9 +1014,11 @@ def _route(sky, catalogue, path, q, form):
         if path == "/ps1/cgi-bin/fitscut.cgi": return answer_cutout(sky, q)
     if path.startswith("/sas/"): return answer_spectrum(sky, path.removeprefix("/sas/"))
     if path.startswith("/hips"): return answer_hips(sky, q)
-    if re.fullmatch(r"/skyserver/dr\d+/skyserverws/searchtools/sqlsearch", path.lower()): return answer_sql(catalogue, q.get("cmd", ""), q.get("format", "json"))
+    if re.fullmatch(r"/skyserver/dr\d+/skyserverws/searchtools/sqlsearch", path.lower()): return answer_sql(catalogue,
+        q.get("cmd", ""), q.get("format", "json"))
     if re.fullmatch(r"/skyserver/dr\d+/en/tools/(search|crossid)/x_(results|sql|crossid)\.aspx?", path.lower()):
-        if q.get("searchtool", "").lower() == "crossid" or "uquery" in q: return answer_crossid(catalogue, q, form.get("upload", ""))
+        if q.get("searchtool", "").lower() == "crossid" or "uquery" in q: return answer_crossid(catalogue, q,
+            form.get("upload", ""))
         return answer_sql(catalogue, q.get("cmd", ""), q.get("format", "csv"))
     return error_page(404, "Not Found")
 
@@ -990,6 +1040,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+# %% ../nbs/00b_standin.ipynb #b7d10309
 class _Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 256
     def __init__(self, standin, port):
@@ -1032,12 +1083,18 @@ class StandIn:
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True)
     def __enter__(self): return self.start()
     def __exit__(self, *exc): self.close()
-    @property
-    def url(self): return f"http://127.0.0.1:{self.server.server_port}"
-    @property
-    def archives(self):
-        from spectranb.download import Archives
-        return Archives.at(self.url)
+
+# %% ../nbs/00b_standin.ipynb #2a5f28e9
+@patch(as_prop=True)
+def url(self:StandIn):              # address of the server
+    "Where it answers."
+    return f"http://127.0.0.1:{self.server.server_port}"
+
+@patch(as_prop=True)
+def archives(self:StandIn):         # `Archives`, all of them at this server
+    "The addresses to give to a client."
+    from spectranb.download import Archives
+    return Archives.at(self.url)
 
 @patch
 def start(self:StandIn):            # the `StandIn` itself
@@ -1061,15 +1118,17 @@ def log(self:StandIn):              # DataFrame: time, method, path, query, key,
     end = time.monotonic() + 0.2                                     # an answer is noted just after it was sent
     while self.active and time.monotonic() < end: time.sleep(0.005)
     with self.lock: records = list(self.records)
-    return pd.DataFrame(records, columns=["time", "method", "path", "query", "key", "service", "fault", "status", "bytes", "complete"])
+    return pd.DataFrame(records, columns=["time", "method", "path", "query", "key", "service", "fault", "status", "bytes",
+        "complete"])
 
 @patch
 def stats(self:StandIn):            # dict
     "Counts of the log."
     log = self.log()
     return dict(requests=len(log), complete=int(log.complete.sum()), bytes=int(log.bytes.sum()), most_active=self.most_active,
-                status={str(k): int(v) for k, v in log.status.value_counts().items()}, faults={k: int(v) for k, v in log.fault[log.fault != ""].value_counts().items()},
-                services={k: int(v) for k, v in log.service.value_counts().items()})
+        status={str(k): int(v) for k, v in log.status.value_counts().items()},
+        faults={k: int(v) for k, v in log.fault[log.fault != ""].value_counts().items()},
+        services={k: int(v) for k, v in log.service.value_counts().items()})
 
 @patch
 def _note(self:StandIn, record):
@@ -1087,9 +1146,11 @@ def handle(self:StandIn,
     "Answer a request."
     path, query = urlsplit(handler.path).path, urlsplit(handler.path).query
     if path in ("/_log", "/_stats"):
-        return self._send(handler, Answer(self.log().to_json(orient="records") if path == "/_log" else json.dumps(self.stats()), "application/json"))
+        return self._send(handler, Answer(self.log().to_json(orient="records") if path == "/_log" else json.dumps(self.stats()),
+            "application/json"))
     with self.lock: self.active += 1; self.most_active = max(self.most_active, self.active)
-    record = dict(time=time.time(), method=handler.command, path=path, query=query, key="", service="", fault="", status=0, bytes=0, complete=False)
+    record = dict(time=time.time(), method=handler.command, path=path, query=query, key="", service="", fault="", status=0,
+        bytes=0, complete=False)
     try:
         if self.latency: self.stop.wait(self.latency)
         other = (m := re.match(r"/(?:sas|skyserver)/dr(\d+)/", path)) and self.release not in (None, int(m[1]))
@@ -1160,7 +1221,8 @@ class Faults:
     ):
         self.sky, self.seed, self.max_repeat, self.lock = sky, seed, max_repeat, threading.Lock()
         self.burst, self.retry_after, self.hang, self.drip = burst, retry_after, hang, drip
-        if isinstance(faults, dict) and (unknown := set(faults) - set(FAULTS)): raise BadInput(min(unknown), "is not a fault", f"Known: {', '.join(FAULTS)}.")
+        if isinstance(faults, dict) and (unknown := set(faults) - set(FAULTS)): raise BadInput(min(unknown), "is not a fault",
+            f"Known: {', '.join(FAULTS)}.")
         if set(lasting) - set(FAULTS): raise BadInput(lasting, "are not all faults")
         self.lasting = {k for k, f in FAULTS.items() if f[1] == "lasting"} | set(lasting)
         passing = [k for k in FAULTS if k not in self.lasting]
@@ -1212,6 +1274,7 @@ def play(self:Faults, standin, handler, answer, record):
     else: standin._send(handler, answer, record)
     record["complete"] = bool(record["complete"] and good)
 
+# %% ../nbs/00b_standin.ipynb #0506c179
 @patch
 def _lasting(self:Faults, answer):
     "Apply an object's lasting faults; their names."
@@ -1292,6 +1355,7 @@ def _neighbour(r):
     name = stack_name(r["projcell"], sub, r["filter"], r["type"])
     return r | dict(subcell=sub, filename=name, shortname=name.rsplit("/", 1)[1], badflag=1)
 
+# %% ../nbs/00b_standin.ipynb #69c7747c
 def _table(change):
     "A spoiler of CSV tables: `change` takes names and rows."
     def spoil(faults, answer):
@@ -1307,21 +1371,27 @@ def _floats(names, rows):
 def _rate_line(faults, answer):
     answer.body = b'#Table1\n"ERROR: Maximum 60 queries allowed per minute. Rejected query: SELECT"\n'
 
+# %% ../nbs/00b_standin.ipynb #2b7fd6db
 def _set(**values):
     def spoil(faults, answer): vars(answer).update({k: v(answer) for k, v in values.items()})
     return spoil
 
-_SPOIL = dict(http500=_stop(500, "Internal Server Error"), burst503=_stop(503, "Service Unavailable"), rate429=_stop(429, "Too Many Requests"),
-    html200=_stop(200, "Service temporarily unavailable"), empty200=_set(body=lambda a: b""), truncated=_set(body=lambda a: a.body[:int(0.6 * len(a.body))]),
-    wrong_size=lambda f, a: _new_cutout(a, f.sky, size=a.ask["size"] - 24 if a.ask["size"] > 48 else a.ask["size"] + 24),
-    wrong_filter=_wrong_filter, wrong_id=_wrong_id,
-    nan_band=lambda f, a: _new_cutout(a, f.sky, lambda c: (c * np.float32(np.nan), ())), nan_edge=lambda f, a: _new_cutout(a, f.sky, _nan_edge),
-    bsoften=lambda f, a: _new_cutout(a, f.sky, asinh_scaled),
-    duplicate_rows=_rows(lambda rows: [r for r in rows for _ in range(2)]), badflag=_rows(lambda rows: [x for r in rows for x in (_neighbour(r), r)]),
+def _wrong_size(faults, answer):
+    size = answer.ask["size"]
+    _new_cutout(answer, faults.sky, size=size - 24 if size > 48 else size + 24)
+
+_SPOIL = dict(http500=_stop(500, "Internal Server Error"), burst503=_stop(503, "Service Unavailable"),
+    rate429=_stop(429, "Too Many Requests"), html200=_stop(200, "Service temporarily unavailable"),
+    empty200=_set(body=lambda a: b""), truncated=_set(body=lambda a: a.body[:int(0.6 * len(a.body))]),
+    wrong_size=_wrong_size, wrong_filter=_wrong_filter, wrong_id=_wrong_id,
+    nan_band=lambda f, a: _new_cutout(a, f.sky, lambda c: (c * np.float32(np.nan), ())),
+    nan_edge=lambda f, a: _new_cutout(a, f.sky, _nan_edge), bsoften=lambda f, a: _new_cutout(a, f.sky, asinh_scaled),
+    duplicate_rows=_rows(lambda rows: [r for r in rows for _ in range(2)]),
+    badflag=_rows(lambda rows: [x for r in rows for x in (_neighbour(r), r)]),
     nine_columns=lambda f, a: finish_names(a, OLD_COLUMNS), sql_rate_limit=_rate_line,
     sql_capped=_table(lambda names, rows: (names, rows[:len(rows) // 2])), float_ids=_table(_floats))
 
-# %% ../nbs/00b_standin.ipynb #69c7747c
+# %% ../nbs/00b_standin.ipynb #23e6667a
 def _head(handler, answer):
     "Status line and headers of an answer."
     return (f"HTTP/1.1 {answer.status} OK\r\nContent-Type: {answer.kind}\r\nContent-Length: {len(answer.body)}\r\n\r\n").encode()
@@ -1351,6 +1421,7 @@ def _send_hang(faults, standin, handler, answer, record):
     while time.monotonic() < end and not standin.stop.is_set():
         if select.select([handler.connection], [], [], 0.05)[0]: return      # the client gave up
 
+# %% ../nbs/00b_standin.ipynb #9e5fef36
 def _send_drip(faults, standin, handler, answer, record):
     pieces = 40
     step = -(-len(answer.body) // pieces)
@@ -1370,7 +1441,8 @@ _SEND = dict(cut=_send_cut, hang=_send_hang, drip=_send_drip, rate429=_send_429)
 # %% ../nbs/00b_standin.ipynb #ece254a1
 def make_parser():                  # `argparse.ArgumentParser`
     "The arguments of `python -m spectranb.standin`."
-    p = argparse.ArgumentParser(prog="python -m spectranb.standin", description="A stand-in for the Pan-STARRS, SDSS and hips2fits archives. Prints its address and answers until it is interrupted.")
+    p = argparse.ArgumentParser(prog="python -m spectranb.standin",
+        description="A stand-in for the Pan-STARRS, SDSS and hips2fits archives. Prints its address and answers until it is interrupted.")
     p.add_argument("--galaxies", type=int, default=200, help="good galaxies of the toy sky (200)")
     p.add_argument("--survey", help="folder of a survey to serve instead of a toy sky")
     p.add_argument("--seed", type=int, default=0, help="of the sky and of the faults (0)")

@@ -22,7 +22,8 @@ from spectranb.core import BANDS, BadInput, real_dir
 from spectranb.data.catalog import specobjid_decode
 from spectranb.data.cutouts import read_cutout
 from spectranb.data.spectra import check_galaxy, read_sdss_spectrum, to_rest_frame
-from spectranb.standin import (FAULTS, NEW_COLUMNS, OLD_COLUMNS, SKYCELL, Catalogue, Faults, Sky, StandIn, asinh_scaled, find_skycell, list_rows,
+from spectranb.standin import (FAULTS, NEW_COLUMNS, OLD_COLUMNS, SKYCELL, Catalogue, Faults, Sky, StandIn, asinh_scaled,
+    find_skycell, list_rows,
                                projcell_centre, skycell_corner, spectrum_path, stack_name, tangent, to_sqlite)
 
 
@@ -40,7 +41,8 @@ def archive(sky):
 @pytest.fixture
 def sdss(archive):
     from astroquery.sdss import SDSS, conf
-    with conf.set_temp("skyserver_baseurl", archive.archives.skyserver), conf.set_temp("sas_baseurl", archive.archives.sas): yield SDSS
+    with conf.set_temp("skyserver_baseurl", archive.archives.skyserver), conf.set_temp("sas_baseurl",
+        archive.archives.sas): yield SDSS
 
 
 def good(sky, k=5):
@@ -68,7 +70,8 @@ def values(content):
 
 # Where things are
 
-@pytest.mark.parametrize("ra, dec", [(0.01, 0.0), (359.99, 1.0), (123.4, 56.7), (200.0, -29.0), (10.0, 68.0), (332.6004516572, 2.1998090576)])
+@pytest.mark.parametrize("ra, dec", [(0.01, 0.0), (359.99, 1.0), (123.4, 56.7), (200.0, -29.0), (10.0, 68.0),
+    (332.6004516572, 2.1998090576)])
 def test_projection_is_that_of_astropy(ra, dec):
     projcell, subcell, x, y = find_skycell(ra, dec)
     ra0, dec0 = projcell_centre(projcell)
@@ -98,7 +101,8 @@ def test_list_by_position(archive, sky):
 def test_list_by_upload(archive, sky):
     some = sky.galaxies[["ra", "dec"]].drop_duplicates().iloc[:20]
     lines = "\n".join(f"{o.ra} {o.dec}" for o in some.itertuples())
-    text = requests.post(archive.url + "/ps1/cgi-bin/ps1filenames.py", data=dict(filters="grizy", type="stack"), files=dict(file=("list.txt", lines))).text
+    text = requests.post(archive.url + "/ps1/cgi-bin/ps1filenames.py", data=dict(filters="grizy", type="stack"),
+        files=dict(file=("list.txt", lines))).text
     table = pd.read_csv(io.StringIO(text), sep=" ")
     assert len(table) == 5 * (some.dec > -31.8).sum() < 100 and set(table.ra) == set(some.ra[some.dec > -31.8])
 
@@ -138,15 +142,18 @@ def test_cutout_is_what_our_reader_expects(archive, sky, tmp_path):
 def test_bands_share_noise_free_grid_and_files_are_reproducible(archive, sky):
     o = good(sky)
     assert cut(archive, o).content == cut(archive, o).content
-    assert Sky.toy(60, seed=4, south=1, sdssv=2).cutout(list_rows(o.ra, o.dec, "r")[0]["filename"], o.ra, o.dec) == cut(archive, o).content
+    assert Sky.toy(60, seed=4, south=1, sdssv=2).cutout(list_rows(o.ra, o.dec, "r")[0]["filename"], o.ra, o.dec) == cut(archive,
+        o).content
 
 
 def test_parameters_in_any_case_and_by_pixel(archive, sky):
     o = good(sky)
     row = list_rows(o.ra, o.dec, "r")[0]
-    upper = requests.get(archive.url + "/ps1/cgi-bin/fitscut.cgi", params=dict(RA=o.ra, DEC=o.dec, SIZE=224, FORMAT="fits", Red=row["filename"]))
+    upper = requests.get(archive.url + "/ps1/cgi-bin/fitscut.cgi", params=dict(RA=o.ra, DEC=o.dec, SIZE=224, FORMAT="fits",
+        Red=row["filename"]))
     assert upper.content == cut(archive, o).content
-    by_wcs = requests.get(archive.url + "/ps1/cgi-bin/fitscut.cgi", params=dict(x=o.ra, y=o.dec, wcs=1, size=224, format="fits", red=row["filename"]))
+    by_wcs = requests.get(archive.url + "/ps1/cgi-bin/fitscut.cgi", params=dict(x=o.ra, y=o.dec, wcs=1, size=224, format="fits",
+        red=row["filename"]))
     assert by_wcs.content == upper.content
 
 
@@ -161,7 +168,8 @@ def test_beyond_the_cells_edge_is_nan(archive):
 
 def test_hips2fits_is_resampled_and_nan_outside(archive, sky):
     o = good(sky)
-    ask = dict(hips="CDS/P/PanSTARRS/DR1/r", ra=o.ra, dec=o.dec, width=121, height=101, fov=121 * 0.25 / 3600, projection="TAN", coordsys="icrs", format="fits")
+    ask = dict(hips="CDS/P/PanSTARRS/DR1/r", ra=o.ra, dec=o.dec, width=121, height=101, fov=121 * 0.25 / 3600, projection="TAN",
+        coordsys="icrs", format="fits")
     data, header = values(requests.get(archive.url + "/hips", params=ask).content)
     assert data.shape == (101, 121) and np.allclose(WCS(header).all_pix2world(60, 50, 0), (o.ra, o.dec), atol=1e-8)
     stack, about = values(cut(archive, o).content)
@@ -201,11 +209,15 @@ def test_roots_of_the_releases(archive, sky):
     v = sky.galaxies[sky.galaxies.catalogid > 0].iloc[0]
     name = f"{v.plate}p/{v.mjd}/spec-{v.plate}-{v.mjd}-{v.catalogid:011d}.fits"
     p, b = f"{legacy.plate:04d}/spec-{legacy.plate:04d}-{legacy.mjd}-{legacy.fiberid:04d}.fits", f"{boss.plate:04d}/spec-{boss.plate:04d}-{boss.mjd}-{boss.fiberid:04d}.fits"
-    there = [f"dr9/sdss/spectro/redux/26/spectra/lite/{p}", f"dr15/sdss/spectro/redux/26/spectra/{p}", f"dr17/sdss/spectro/redux/26/spectra/lite/{p}",
-             f"dr18/spectro/sdss/redux/26/spectra/lite/{p}", f"dr12/boss/spectro/redux/v5_13_2/spectra/lite/{b}", f"dr14/eboss/spectro/redux/v5_13_2/spectra/{b}",
-             f"dr17/eboss/spectro/redux/v5_13_2/spectra/full/{b}", f"dr18/spectro/sdss/redux/v5_13_2/spectra/lite/{b}", f"dr18/spectro/sdss/redux/v6_0_4/spectra/lite/{name}",
+    there = [f"dr9/sdss/spectro/redux/26/spectra/lite/{p}", f"dr15/sdss/spectro/redux/26/spectra/{p}",
+        f"dr17/sdss/spectro/redux/26/spectra/lite/{p}",
+             f"dr18/spectro/sdss/redux/26/spectra/lite/{p}", f"dr12/boss/spectro/redux/v5_13_2/spectra/lite/{b}",
+                 f"dr14/eboss/spectro/redux/v5_13_2/spectra/{b}",
+             f"dr17/eboss/spectro/redux/v5_13_2/spectra/full/{b}", f"dr18/spectro/sdss/redux/v5_13_2/spectra/lite/{b}",
+                 f"dr18/spectro/sdss/redux/v6_0_4/spectra/lite/{name}",
              f"dr19/spectro/boss/redux/v6_1_3/spectra/lite/{v.plate:06d}/{v.mjd}/spec-{v.plate:06d}-{v.mjd}-{v.catalogid}.fits"]
-    missing = [f"dr17/eboss/spectro/redux/26/spectra/lite/{p}", f"dr17/sdss/spectro/redux/v5_13_2/spectra/lite/{b}", f"dr17/eboss/spectro/redux/v5_13_2/spectra/{b}",
+    missing = [f"dr17/eboss/spectro/redux/26/spectra/lite/{p}", f"dr17/sdss/spectro/redux/v5_13_2/spectra/lite/{b}",
+        f"dr17/eboss/spectro/redux/v5_13_2/spectra/{b}",
                f"dr17/spectro/sdss/redux/v6_0_4/spectra/lite/{name}", f"dr17/sdss/spectro/redux/103/spectra/lite/{p}"]
     for path in there: assert requests.get(f"{archive.url}/sas/{path}").content[:6] == b"SIMPLE", path
     for path in missing:
@@ -217,7 +229,8 @@ def test_survey_comes_back_as_it_went_in(tmp_path):
     class Survey:                                                    # what one shows of itself
         def __len__(self): return 2
         size = 32
-        catalog = pd.DataFrame(dict(object_id=["sim-a", "sim-b"], ra=[150.0, 200.0], dec=[2.0, 40.0], redshift=[0.05, 0.2], norm=[10.0, 3.0]))
+        catalog = pd.DataFrame(dict(object_id=["sim-a", "sim-b"], ra=[150.0, 200.0], dec=[2.0, 40.0], redshift=[0.05, 0.2],
+            norm=[10.0, 3.0]))
         rng = np.random.default_rng(0)
         cutouts = rng.normal(size=(2, 5, 32, 32)).astype("f2")
         spectra, ivar = 1 + 0.1 * rng.normal(size=(2, 1000)).astype("f4"), np.full((2, 1000), 100.0, "f4")
@@ -264,7 +277,8 @@ def test_astroquery_crossid(sdss, sky):
     places = SkyCoord(list(some.ra) + [1.0], list(some.dec + 0.5 / 3600) + [-80.0], unit="deg")
     photo = sdss.query_crossid(places, radius="2 arcsec", photoobj_fields=["ra", "dec", "objid"], cache=False)
     assert np.allclose(photo["ra"], some.ra) and [str(i) for i in photo["objid"]] == list(some.bestObjID)
-    spectra = sdss.query_crossid(places, radius="2 arcsec", specobj_fields=["plate", "mjd", "fiberID", "run2d"], spectro=True, cache=False)
+    spectra = sdss.query_crossid(places, radius="2 arcsec", specobj_fields=["plate", "mjd", "fiberID", "run2d"], spectro=True,
+        cache=False)
     assert {(p, f) for p, f in zip(spectra["plate"], spectra["fiberID"])} >= set(zip(some.plate, some.fiberid))
 
 
@@ -276,19 +290,22 @@ def test_answers_look_like_the_real_ones(archive, sky):
     ours = requests.get(archive.url + "/skyserver/dr17/en/tools/search/x_results.aspx",
                         params=dict(searchtool="SQL", format="csv", cmd=f"{sql} WHERE s.plate = {o.plate}")).text.splitlines()
     assert ours[:2] == real[:2] and len(ours[2].split(",")) == len(real[2].split(","))
-    for a, b in zip(ours[2].split(","), real[2].split(",")): assert bool(re.fullmatch(r"-?\d+", a)) == bool(re.fullmatch(r"-?\d+", b))
+    for a, b in zip(ours[2].split(","), real[2].split(",")): assert bool(re.fullmatch(r"-?\d+",
+        a)) == bool(re.fullmatch(r"-?\d+", b))
 
 
 def test_rest_service_and_row_cap(sky):
     ask = dict(cmd="SELECT specObjID, z FROM SpecObjAll ORDER BY specObjID", format="json")
     with StandIn(sky, row_cap=7) as archive:
         table = requests.get(archive.url + "/skyserver/dr17/SkyServerWS/SearchTools/SqlSearch", params=ask).json()
-        count = requests.get(archive.url + "/skyserver/dr17/SkyServerWS/SearchTools/SqlSearch", params=ask | dict(cmd="SELECT COUNT(*) AS n FROM SpecObjAll"))
+        count = requests.get(archive.url + "/skyserver/dr17/SkyServerWS/SearchTools/SqlSearch",
+            params=ask | dict(cmd="SELECT COUNT(*) AS n FROM SpecObjAll"))
     assert table[0]["TableName"] == "Table1" and len(table[0]["Rows"]) == 7 and count.json()[0]["Rows"] == [dict(n=len(sky))]
 
 
 @pytest.mark.parametrize("sql, want", [
-    ("SELECT TOP 3 z FROM SpecObj", "SELECT z FROM SpecObj LIMIT 3"), ("select distinct top (3) z from t", "SELECT distinct z from t LIMIT 3"),
+    ("SELECT TOP 3 z FROM SpecObj", "SELECT z FROM SpecObj LIMIT 3"), ("select distinct top (3) z from t",
+        "SELECT distinct z from t LIMIT 3"),
     ("SELECT ISNULL(z, 0) FROM dbo.SpecObj", "SELECT IFNULL(z, 0) FROM SpecObj"),
     ("SELECT CONVERT(VARCHAR(20), specObjID) FROM t", "SELECT CAST( specObjID AS VARCHAR(20)) FROM t"),
     ("SELECT z FROM t ORDER BY z OFFSET 10 ROWS FETCH NEXT 5 ROWS ONLY", "SELECT z FROM t ORDER BY z LIMIT 5 OFFSET 10"),
@@ -305,7 +322,8 @@ def test_ids_compare_as_numbers(sky):
 
 def test_toy_sky_needs_cuts():
     g = Sky.toy(200, seed=1).galaxies
-    assert set(g["class"]) == {"GALAXY", "STAR", "QSO"} and (g.zWarning > 0).any() and g.galaxy.duplicated().any() and g.object_id.is_unique
+    assert set(g["class"]) == {"GALAXY", "STAR",
+        "QSO"} and (g.zWarning > 0).any() and g.galaxy.duplicated().any() and g.object_id.is_unique
     assert (g.legacy_target1 & 448 > 0).all() and (g.groupby("plate").size() > 1).all()
     clean = g[(g["class"] == "GALAXY") & (g.zWarning == 0)]
     assert clean.galaxy.nunique() == 200 and (clean.object_id.map(int) >= 1 << 63).any()
@@ -335,7 +353,8 @@ def test_status_faults(sky, kind, status):
 def test_burst_takes_the_next_requests_too(sky):
     o = good(sky)
     with StandIn(sky, dict(burst503=0.02), seed=1, burst=3, max_repeat=9) as archive:
-        status = "".join("x" if cut(archive, o, size=8 + k % 40, dec=o.dec + k / 36000).status_code == 503 else "." for k in range(150))
+        status = "".join("x" if cut(archive, o, size=8 + k % 40,
+            dec=o.dec + k / 36000).status_code == 503 else "." for k in range(150))
     assert "xxxx" in status and status.count(".") > 50
 
 
@@ -343,6 +362,10 @@ def test_cut_is_a_reset(sky):
     first, second, log = faulty(sky, "cut", lambda a: cut(a, good(sky)))
     assert isinstance(first, requests.RequestException) and second.status_code == 200
     assert log.complete.tolist() == [False, True] and 0 < log.bytes[0] < log.bytes[1]
+    with StandIn(sky, dict(cut=1.0)) as archive, socket.create_connection(("127.0.0.1", archive.server.server_port)) as client:
+        client.sendall(b"GET /skyserver/dr17/SkyServerWS/SearchTools/SqlSearch?cmd=SELECT+z+FROM+SpecObj HTTP/1.1\r\nHost: x\r\n\r\n")
+        with pytest.raises(ConnectionResetError):
+            while client.recv(4096): pass
 
 
 def test_hang_outlasts_a_timeout(sky):
@@ -375,7 +398,8 @@ def test_wrong_id(sky, tmp_path):
     image, fine, log = faulty(sky, "wrong_id", lambda a: cut(a, o))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        apart = [np.hypot(*(WCS(values(f.content)[1]).all_world2pix(o.ra, o.dec, 0) - np.array([112, 112]))) for f in (image, fine)]
+        apart = [np.hypot(*(WCS(values(f.content)[1]).all_world2pix(o.ra, o.dec, 0) - np.array([112, 112]))) for f in (image,
+            fine)]
     assert apart[0] > 300 and apart[1] < 1
     other, _, _ = faulty(sky, "wrong_id", lambda a: spec(a, o))
     (tmp_path / "s.fits").write_bytes(other.content)
@@ -408,7 +432,8 @@ def test_images_with_lasting_faults(sky):
     assert np.isnan(edge[:, :74]).all() and np.isfinite(edge[:, 74:]).all()
     scaled, about = values(faulty(sky, "bsoften", lambda a: cut(a, o))[0].content)
     x = scaled / 1.0857362
-    assert np.abs(scaled).max() < 20 and np.allclose(about["BOFFSET"] + about["BSOFTEN"] * (np.exp(x) - np.exp(-x)), linear, atol=0.05, rtol=1e-4)
+    assert np.abs(scaled).max() < 20 and np.allclose(about["BOFFSET"] + about["BSOFTEN"] * (np.exp(x) - np.exp(-x)), linear,
+        atol=0.05, rtol=1e-4)
     assert asinh_scaled(np.float32(2.0))[0] == 0 and "BSOFTEN" not in header
 
 
@@ -421,7 +446,8 @@ def test_spectrum_in_the_other_root(sky):
 
 def test_tables_that_lie(sky):
     ask = lambda a: requests.get(a.url + "/skyserver/dr17/en/tools/search/x_results.aspx",
-                                 params=dict(searchtool="SQL", format="csv", cmd="SELECT TOP 10 specObjID, z FROM SpecObj ORDER BY z")).text.splitlines()
+                                 params=dict(searchtool="SQL", format="csv",
+                                     cmd="SELECT TOP 10 specObjID, z FROM SpecObj ORDER BY z")).text.splitlines()
     limit, whole, _ = faulty(sky, "sql_rate_limit", ask)
     assert limit[0] == "#Table1" and limit[1].startswith('"ERROR: Maximum 60 queries allowed per minute.') and len(whole) == 12
     assert faulty(sky, "sql_capped", ask)[0] == whole[:7]
@@ -450,6 +476,7 @@ def test_log_and_stats(sky, tmp_path):
     with StandIn(sky, log=tmp_path / "log.jsonl") as archive:
         o = good(sky)
         cut(archive, o); spec(archive, o)
+        archive.log()                                                # which waits for the last line
         lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         stats = requests.get(archive.url + "/_stats").json()
         assert [x["key"] for x in requests.get(archive.url + "/_log").json()] == [f"{o.object_id}.r", f"{o.object_id}.spec"]
@@ -473,7 +500,8 @@ def test_connections_are_kept_and_many_clients_served(sky):
         with requests.Session() as s:
             ports = set()
             for _ in range(3):
-                with s.get(archive.url + "/_stats", stream=True) as r: ports.add(r.raw.connection.sock.getsockname()[1]); r.content
+                with s.get(archive.url + "/_stats",
+                    stream=True) as r: ports.add(r.raw.connection.sock.getsockname()[1]); r.content
         assert len(ports) == 1
 
 
@@ -490,8 +518,10 @@ def test_ends_cleanly_and_says_nothing_of_lost_clients(sky, capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("path", ["/ps1/cgi-bin/fitscut.cgi", "/ps1/cgi-bin/fitscut.cgi?ra=x&dec=1&red=y&format=fits", "/ps1/cgi-bin/ps1filenames.py?ra=abc&dec=1",
-    "/ps1/cgi-bin/ps1filenames.py", "/hips", "/hips?hips=CDS/P/DSS2/red", "/sas/", "/sas/dr17/x/spec-1-2-3.fits", "/skyserver/dr17/en/tools/search/x_results.aspx?cmd=%27",
+@pytest.mark.parametrize("path", ["/ps1/cgi-bin/fitscut.cgi", "/ps1/cgi-bin/fitscut.cgi?ra=x&dec=1&red=y&format=fits",
+    "/ps1/cgi-bin/ps1filenames.py?ra=abc&dec=1",
+    "/ps1/cgi-bin/ps1filenames.py", "/hips", "/hips?hips=CDS/P/DSS2/red", "/sas/", "/sas/dr17/x/spec-1-2-3.fits",
+        "/skyserver/dr17/en/tools/search/x_results.aspx?cmd=%27",
     "/skyserver/dr17/en/tools/search/X_Results.aspx?searchtool=CrossID", "/", "/%00"])
 def test_nonsense_is_answered(archive, path):
     page = requests.get(archive.url + path)
@@ -499,7 +529,8 @@ def test_nonsense_is_answered(archive, path):
 
 
 def test_command(tmp_path):
-    p = subprocess.Popen([sys.executable, "-m", "spectranb.standin", "--galaxies", "5", "--faults", "http500=1", "--log", tmp_path / "log"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, "-m", "spectranb.standin", "--galaxies", "5", "--faults", "http500=1", "--log",
+        tmp_path / "log"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     url = p.stdout.readline().strip()
     assert requests.get(url + "/ps1/cgi-bin/ps1filenames.py", params=dict(ra=1, dec=2)).status_code == 500
     p.send_signal(signal.SIGTERM)
@@ -518,6 +549,7 @@ def test_real_files_byte_for_byte(tmp_path):
         rows = {r["filter"]: r for r in sky.list(27.9520, 0.26348)}
         assert "".join(rows) == "griz"
         place = pd.Series(dict(ra=27.9520, dec=0.26348))
-        for band, row in rows.items(): assert cut(archive, place, size=240, row=row).content == (folder / f"ps1_cutouts/PS1_{band}.fits").read_bytes()
+        for band, row in rows.items(): assert cut(archive, place, size=240,
+            row=row).content == (folder / f"ps1_cutouts/PS1_{band}.fits").read_bytes()
     g = sky.galaxies[sky.galaxies.object_id.isin([k for k in sky.real])]
     assert len(g) == 12 and g.galaxy.nunique() == 10                 # two galaxies were observed twice
