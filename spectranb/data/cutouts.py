@@ -12,6 +12,7 @@ import copy, hashlib, re, warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from html import unescape
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -127,13 +128,14 @@ def _read_plain(body):
     except (ValueError, KeyError, TypeError, fits.VerifyError): return None      # no END, no size, too short, damaged cards
 
 # %% ../../nbs/02_data.cutouts.ipynb #0f70eb1e
-def _read_fits(path):
+def _read_fits(path, all_cards=False):       # a path, or the bytes of a file; whether the whole header is wanted
     "Pixel values and header of the first two-dimensional image in a FITS file."
     try:
-        if plain := _read_plain(Path(path).read_bytes()): return plain
+        body = path if isinstance(path, bytes) else Path(path).read_bytes()
+        if not all_cards and (plain := _read_plain(body)): return plain
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*truncated.*")
-            with fits.open(path, memmap=False) as hdus:
+            with fits.open(BytesIO(body), memmap=False) as hdus:
                 images = [(np.asarray(h.data), h.header) for h in hdus if h.is_image and h.header.get("NAXIS", 0) > 0]
     except FileNotFoundError: raise BadInput(path, "is not there", "Check the path, or fetch the file.") from None
     except Exception as e:                                           # astropy meets a damaged file in many ways
