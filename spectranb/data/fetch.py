@@ -235,8 +235,8 @@ def _read_spectra(paths, ids, z_range):
         rows.append(dict(object_id=name, redshift=s.redshift, spec_class=s.spec_class, zwarning=s.zwarning, sn_median=s.sn_median,
                          snr=float(np.median((f * np.sqrt(v))[v > 0]))))
         flux.append(f); ivar.append(v)
-    empty = np.zeros((0, 1000))
-    return pd.DataFrame(rows), np.array(flux or empty, "f4"), np.array(ivar or empty, "f4"), errors
+    empty, columns = np.zeros((0, 1000)), ["object_id", "redshift", "spec_class", "zwarning", "sn_median", "snr"]
+    return pd.DataFrame(rows, columns=columns), np.array(flux or empty, "f4"), np.array(ivar or empty, "f4"), errors
 
 @patch
 def _rest(self:Fetch, part):        # rows, flux, ivar of those that are good
