@@ -120,6 +120,15 @@ def test_bad_spectra_are_rejects(tmp_path):
     assert job.rejects["reason"].str.contains("ZWARNING|not a galaxy").all()
 
 
+def test_published_targets_keep_low_redshift_quasars(tmp_path):
+    sky = Sky.toy(30, seed=6, others=0.4)
+    g = sky.galaxies
+    quasars = g.loc[(g["class"] == "QSO") & (g["zWarning"] == 0) & (g["z"] < 0.36) & ((g["legacy_target1"] & (64 | 2 | 4)) > 0), "object_id"]
+    with StandIn(sky) as archive: survey, job = fetch(archive, tmp_path, n=None, targets="published")
+    kept = set(survey.catalog.loc[survey.catalog["spec_class"] == "QSO", "object_id"])
+    assert kept == set(quasars) and len(kept)
+
+
 def test_table_of_positions(tmp_path):
     good = SKY.galaxies.query("zWarning == 0 and `class` == 'GALAXY'").drop_duplicates("galaxy").head(4)
     table = pd.DataFrame(dict(name=["a", "b", "c", "d", "nowhere"], ra=[*good["ra"] + 0.1 / 3600, 200.0], dec=[*good["dec"], -10.0]))

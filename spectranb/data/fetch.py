@@ -224,12 +224,12 @@ def _sort_out(self:Fetch, catalog, ledger, step):  # ids that have all their fil
     return state.index[~waits & ~never], ledger[ledger["status"] == "ok"]
 
 # %% ../../nbs/05c_data.fetch.ipynb #d190a1f7
-def _read_spectra(paths, ids, z_range):
+def _read_spectra(paths, ids, z_range, classes):
     "A chunk of spectra on the rest grid: rows of what the file says, flux, ivar (k, 1000), and `BadInput`s by object id."
     rows, flux, ivar, errors = [], [], [], []
     for path, name in zip(paths, ids):
         try:
-            s = check_galaxy(read_sdss_spectrum(path), z_range)
+            s = check_galaxy(read_sdss_spectrum(path), z_range, classes)
             f, v = to_rest_frame(s)
         except BadInput as e: errors.append((name, e.what, e.remedy)); continue
         rows.append(dict(object_id=name, redshift=s.redshift, spec_class=s.spec_class, zwarning=s.zwarning, sn_median=s.sn_median,
@@ -241,7 +241,9 @@ def _read_spectra(paths, ids, z_range):
 @patch
 def _rest(self:Fetch, part):        # rows, flux, ivar of those that are good
     "All spectra of a part."
-    jobs = [(([self.out / "spectra" / p for p in c["path"]]), list(c["object_id"]), (self.plan.z_min, self.plan.z_max))
+    z_range = self.plan.z_min, self.plan.z_max
+    classes = ("GALAXY", "QSO") if self.plan.targets == "published" else ("GALAXY",)
+    jobs = [([self.out / "spectra" / p for p in c["path"]], list(c["object_id"]), z_range, classes)
             for _, c in part.groupby(np.arange(len(part)) // 256)]
     found = []
     for (*result, errors), bar in run_jobs(_read_spectra, jobs, self.n_workers, self.progress, "reading spectra", len(part)):

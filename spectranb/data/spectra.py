@@ -369,13 +369,14 @@ def zwarning_text(
 def check_galaxy(
     spectrum:SDSSSpectrum,
     z_range=(0.0, 0.36),            # redshifts accepted: above the first, up to the second
+    classes=("GALAXY",),            # classes accepted; the published sample has low-redshift quasars too: ("GALAXY", "QSO")
 )->SDSSSpectrum:                    # the same spectrum
     "Raise `BadInput` with the reason if this is not a galaxy with a trusted redshift and data on the rest-frame grid."
     s, drop = spectrum, "Leave it out."
     if not np.isfinite(s.flux).any():
         raise BadInput(s.name, "its flux is NaN everywhere", "Fetch the file again, or leave it out.")
     if not (s.ivar > 0).any(): raise BadInput(s.name, "its ivar is 0 everywhere: no pixel holds data", drop)
-    if s.spec_class != "GALAXY": raise BadInput(s.name, f"it is a {s.spec_class} (z = {s.redshift:.4f}), not a galaxy", drop)
+    if s.spec_class not in classes: raise BadInput(s.name, f"it is a {s.spec_class} (z = {s.redshift:.4f}), not a galaxy", drop)
     if s.zwarning:
         why = f"ZWARNING is {s.zwarning} ({zwarning_text(s.zwarning)}), so z = {s.redshift:.4f} is not to be trusted"
         raise BadInput(s.name, why, drop)
