@@ -93,7 +93,7 @@ def test_grows_and_never_shrinks(calm, tmp_path):
 def test_what_stays_broken_is_listed(tmp_path):
     "Lasting faults: each galaxy is in the survey, flagged where a band is lacking, or in rejects.csv with its reason."
     kinds = dict(missing_band=0.2, empty_sky=0.15, nan_band=0.05, wrong_id=0.03, http500=0.02)
-    quick = Manners(tries=2, rate=5000, backoff=0.01, timeout=1.0, deadline=2.0, give_up=1000)
+    quick = Manners(tries=2, rate=5000, backoff=0.01, timeout=20.0, deadline=40.0, give_up=1000)
     with StandIn(SKY, kinds, seed=5, lasting=("wrong_id", "http500"), max_repeat=99) as archive:
         survey, job = fetch(archive, tmp_path, n=30, manners=quick)
     rejects = pd.read_csv(tmp_path / "rejects.csv", dtype="str")
