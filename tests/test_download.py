@@ -130,12 +130,12 @@ def test_the_other_root_folder(tmp_path):
 
 
 def test_retry_after_holds_everybody(tmp_path, todo):
-    with StandIn(SKY, dict(rate429=0.03), seed=1, retry_after=1) as archive, Store(tmp_path) as store:
+    with StandIn(SKY, dict(rate429=0.03), seed=1, retry_after=2) as archive, Store(tmp_path) as store:
         store.fetch(with_faults(archive, todo), Manners(workers=4, rate=200, backoff=0.01), progress=False)
         log = archive.log()
     told = log.loc[log["fault"] == "rate429", "time"]
     assert len(told)
-    for t in told: assert ((log["time"] > t) & (log["time"] < t + 0.9)).sum() <= 4, "those under way, and no others"
+    for t in told: assert ((log["time"] > t + 0.8) & (log["time"] < t + 1.8)).sum() <= 1, "only what was under way comes in the pause"
 
 
 def test_no_more_at_once_and_no_faster_than_agreed(tmp_path, todo):

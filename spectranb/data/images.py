@@ -31,8 +31,8 @@ def header_zero_point(
         if (value := _number(header, card)) is not None: return value
     unit = str(header.get("BUNIT", "")).strip()
     if unit.lower() in ("nanomaggy", "nanomaggies", "nmgy"): return 22.5
-    try: return float(u.Unit(unit).to(u.ABmag)) if unit else None    # janskys with any prefix
-    except (ValueError, TypeError, u.UnitConversionError): return None
+    unit = u.Unit(unit, parse_strict="silent") if unit else u.dimensionless_unscaled
+    return float(unit.to(u.ABmag)) if unit.is_equivalent(u.Jy) else None      # janskys with any prefix
 
 # %% ../../nbs/02b_data.images.ipynb #a1c9d7e3
 def _flux(path, band, zero_point):  # band, (H, W) nanomaggies per pixel of the file, WCS, zero point used
