@@ -27,7 +27,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from tqdm.auto import tqdm
 
 from ..core import BadInput, atomic_write, cache_dir, write_json
-from ..download import Again, Archives, _retry_after
+from ..download import Again, Archives, retry_after
 
 # %% ../../nbs/01_data.catalog.ipynb #38230d5f
 LEGACY_RUN2D = ("26", "103", "104")                                  # reductions named by a number: SDSS-I/II and SEGUE
@@ -700,7 +700,7 @@ def _look_at(
     "`Again` for a failure that may pass, `BadInput` for an error in the query."
     text = answer.text
     if re.search(r"maximum \d+ quer\w+ allowed per minute", text[:4000], re.I): raise Again("over the limit of queries a minute", wait)
-    if answer.status_code == 429: raise Again("HTTP 429", _retry_after(answer.headers.get("Retry-After")) or wait)
+    if answer.status_code == 429: raise Again("HTTP 429", retry_after(answer.headers.get("Retry-After")) or wait)
     if re.search("error_?message", text[:4000], re.I):
         raise BadInput("SkyServer", "refuses the query: " + " ".join(re.sub(r"<[^>]*>|[#{}\[\]\"]", " ", text).split())[:400], "Look at the query.")
     said = " ".join(re.sub(r"<[^>]*>", " ", text).split())[:300]
@@ -1036,6 +1036,7 @@ def identify_spectra(
     out = pd.concat([theirs[["object_id"]], mine, theirs.drop(columns="object_id"), pairs[["separation_arcsec"]]], axis=1)
     return check_catalog(out), pd.concat([_unmatched(table, spectra, pairs, ambiguous, radius), wrong], ignore_index=True)
 
+# %% ../../nbs/01_data.catalog.ipynb #bbe07be6
 def _unmatched(table, spectra, pairs, ambiguous, radius):
     "Rows of the user's table without a spectrum that is surely theirs."
     ids, rows = table["object_id"].to_numpy(object), []
