@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from spectranb.core import REST_LOGLAM, REST_WAVELENGTH, BadInput
 from spectranb.data.spectra import fit_gap_basis
-from spectranb.vae import InfoVAE, SpectrumPCA, SpectrumVAE, check_spectra, info_vae_loss, kl_divergence, latent_pca, mmd, pixel_weights, reduced_chi2, start_from_pca, train_vae
+from spectranb.vae import InfoVAE, SpectrumVAE, TrainingSet, check_spectra, info_vae_loss, kl_divergence, latent_pca, mmd, pixel_weights, reduced_chi2, start_from_pca, train_vae
 
 QUICK = dict(hidden=(64, 16), epochs=8, progress=False)
 
@@ -95,7 +95,7 @@ def test_too_few_to_train(data):
 
 
 def test_more_outputs_than_latents(data):
-    with pytest.raises(BadInput, match="n_out"): SpectrumVAE.fit(*data[:2], n_latent=4, **QUICK)
+    with pytest.raises(BadInput, match="n_out"): SpectrumVAE.fit(*data[:2], n_latent=4, n_out=6, **QUICK)
 
 
 def test_unknown_schedule(data):
@@ -233,19 +233,6 @@ def test_same_seed_same_network_other_seed_another(data):
     assert np.array_equal(a.encode(*data[:2]), b.encode(*data[:2])) and not np.allclose(a.encode(*data[:2]), c.encode(*data[:2]))
 
 
-def test_pca_comparator_is_the_least_squares_fit(data):
-    flux, ivar, _ = toys(40, seed=3)
-    pca = SpectrumPCA.fit(*data[:2], 4, n_iter=4)
-    best = pca.encode(flux, ivar)
-    from spectranb.data.spectra import normalise
-    x, w, _ = normalise(flux, ivar, pca.basis)
-    chi2 = reduced_chi2(x, w, pca.decode(best))
-    for k in range(4):
-        for step in (-0.01, 0.01): assert (reduced_chi2(x, w, pca.decode(best + step * np.eye(4)[k])) >= chi2 - 1e-6).all()
-
-
-# losses ---------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("delta,s2,d", [(0, 1, 6), (0.7, 1, 6), (0, 0.25, 10), (1, 2, 1)])
 def test_mmd_has_its_closed_form(delta, s2, d):
     mean = lambda m, v: ((1 + 2 * v / d) ** -0.5 * np.exp(-m ** 2 / (d + 2 * v))) ** d
@@ -315,3 +302,103 @@ def test_equal_in_another_process(vae, data, tmp_path):
             f"np.save(r'{tmp_path / 'out.npy'}', SpectrumVAE.load(r'{tmp_path / 'vae'}').encode(d['flux'], d['ivar']))")
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
     assert np.allclose(np.load(tmp_path / "out.npy"), vae.encode(data[0][:30], data[1][:30]), atol=1e-4)
+
+
+# interrupted trainings, training sets, posterior ------------------------------------------------------------------------
+
+class Killed(Exception): pass
+
+
+def killer(at):
+    def callback(epoch, row):
+        if epoch == at: raise Killed
+    return callback
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "plateau"])
+@pytest.mark.parametrize("at", [0, 3])
+def test_an_interrupted_training_ends_with_the_same_weights(data, tmp_path, schedule, at):
+    kwargs = QUICK | dict(schedule=schedule, lr=1e-3, seed=4)
+    whole, state = SpectrumVAE.fit(*data[:2], **kwargs), tmp_path / "state.pt"
+    with pytest.raises(Killed): SpectrumVAE.fit(*data[:2], checkpoint=state, callback=killer(at), **kwargs)
+    epochs = []
+    resumed = SpectrumVAE.fit(*data[:2], checkpoint=state, callback=lambda epoch, row: epochs.append(epoch), **kwargs)
+    assert epochs == list(range(at + 1, 8))                          # nothing is done twice
+    assert all(torch.equal(a, b) for a, b in zip(whole.net.state_dict().values(), resumed.net.state_dict().values()))
+    assert whole.history.drop(columns="seconds").equals(resumed.history.drop(columns="seconds"))
+    again = SpectrumVAE.fit(*data[:2], checkpoint=state, callback=killer(0), **kwargs)     # finished: no further epoch
+    assert np.array_equal(again.encode(*data[:2]), whole.encode(*data[:2]))
+
+
+def test_a_stopped_plateau_stays_stopped(data, tmp_path):
+    kwargs = dict(hidden=(8,), epochs=60, schedule="plateau", lr=1e-12, progress=False, linear=False, checkpoint=tmp_path / "s.pt")
+    first = SpectrumVAE.fit(*data[:2], **kwargs)
+    assert len(first.history) < 60 and SpectrumVAE.fit(*data[:2], callback=killer(0), **kwargs).history.equals(first.history)
+
+
+@pytest.mark.parametrize("change", [dict(seed=9), dict(lam=3.0), dict(n_latent=5, n_out=5), dict(lr=1e-4), dict(batch_size=64)])
+def test_a_checkpoint_of_another_training_is_refused(data, tmp_path, change):
+    state = tmp_path / "state.pt"
+    SpectrumVAE.fit(*data[:2], checkpoint=state, **QUICK | dict(epochs=1))
+    with pytest.raises(BadInput, match="another training"): SpectrumVAE.fit(*data[:2], checkpoint=state, **QUICK | dict(epochs=1) | change)
+
+
+def test_other_spectra_refuse_the_checkpoint_too(data, tmp_path):
+    SpectrumVAE.fit(*data[:2], checkpoint=tmp_path / "s.pt", **QUICK | dict(epochs=1))
+    with pytest.raises(BadInput, match="another training"): SpectrumVAE.fit(*toys(1200, seed=5)[:2], checkpoint=tmp_path / "s.pt", **QUICK | dict(epochs=1))
+
+
+@pytest.mark.parametrize("body", [b"", b"PK\x03\x04 no zip", b"\x80\x04cos\nsystem\n(S'true'\ntR."])
+def test_a_damaged_checkpoint_is_named_and_not_executed(data, tmp_path, body):
+    (tmp_path / "s.pt").write_bytes(body)
+    with pytest.raises(BadInput, match="s.pt.*Delete it"): SpectrumVAE.fit(*data[:2], checkpoint=tmp_path / "s.pt", **QUICK)
+
+
+def test_a_training_set_gives_what_the_spectra_give(data):
+    direct, shared = SpectrumVAE.fit(*data[:2], **QUICK), SpectrumVAE.fit(TrainingSet.make(*data[:2], progress=False), **QUICK)
+    assert np.array_equal(direct.encode(*data[:2]), shared.encode(*data[:2]))
+
+
+def test_min_sigma_is_in_units_of_flux(data):
+    flux, ivar = data[0][:200], data[1][:200].copy()
+    ivar[:, 400:500] *= 100                                          # σ = 0.005 where the others have 0.05
+    for scale in (1.0, 30.0):
+        weight = TrainingSet.make(flux * scale, ivar / scale ** 2, min_sigma=0.01 * scale, progress=False).weight.numpy()
+        assert (weight[:, 400:500] == 0).all() and np.array_equal(weight[:, :400] > 0, ivar[:, :400] > 0)
+
+
+def test_more_latents_than_components_of_the_basis(data):
+    small = TrainingSet.make(*data[:2], n_components=4, progress=False)
+    with pytest.raises(BadInput, match="n_components"): SpectrumVAE.fit(small, **QUICK)
+    assert SpectrumVAE.fit(small, linear=False, **QUICK | dict(epochs=1)).n_out == 6
+
+
+@pytest.mark.parametrize("wrong", [dict(activation="softplus"), dict(n_latent=0), dict(hidden=(10, 0)), dict(n_out=0)])
+def test_impossible_networks(data, wrong):
+    with pytest.raises(BadInput): SpectrumVAE.fit(*data[:2], **QUICK | dict(epochs=1) | wrong)
+
+
+def test_posterior_is_the_encoders_in_whitened_axes(vae, data):
+    flux, ivar = data[0][:50], data[1][:50]
+    mean, cov = vae.posterior(flux, ivar)
+    assert np.allclose(mean, vae.encode(flux, ivar), atol=1e-6) and np.allclose(cov, cov.transpose(0, 2, 1)) and (np.linalg.eigvalsh(cov) > 0).all()
+    x = torch.from_numpy(vae.prepare(flux, ivar)[0] - vae.basis.mean.astype(np.float32))
+    with torch.no_grad(): mu, logvar = vae.net.encode(x)
+    draws = (mu[0] + (logvar[0] / 2).exp() * torch.randn(40000, 6, generator=torch.Generator().manual_seed(0))).double().numpy()
+    drawn = np.cov(((draws - vae.centre) @ vae.whiten.T).T)
+    assert np.abs(drawn - cov[0]).max() < 0.03 * cov[0].max()
+    one = vae.posterior(flux[3], ivar[3])
+    assert one[0].shape == (6,) and np.allclose(one[1], cov[3], rtol=1e-4, atol=1e-8)
+
+
+def test_plain_autoencoder_reconstructs_and_has_no_posterior(data, tmp_path):
+    plain = SpectrumVAE.fit(*data[:2], variational=False, **QUICK)
+    h = plain.history
+    assert np.allclose(h.valid_loss, h.reconstruction) and h.reconstruction.iloc[-1] < h.reconstruction.iloc[0]
+    plain.save(tmp_path); again = SpectrumVAE.load(tmp_path)
+    assert np.array_equal(again.encode(*data[:2]), plain.encode(*data[:2])) and not again.net.variational
+    with pytest.raises(BadInput, match="no posterior"): again.posterior(*(a[:2] for a in data[:2]))
+
+
+def test_bad_argument_of_encode(vae, data):
+    with pytest.raises(BadInput, match="'raise' or 'nan'"): vae.encode(data[0][:2], data[1][:2], bad="skip")
