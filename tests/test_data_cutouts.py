@@ -2,16 +2,18 @@
 import pickle
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
 from astropy.io import fits
+from astropy.wcs import WCS
 from hypothesis import given, settings, strategies as st
 
 from spectranb.core import BANDS, BadInput, nanomaggies_to_mag, real_dir
 from spectranb.data.cutouts import (NO_COVERAGE, Cutout, band_of, batches, calibrate, check_cutout, check_file_list, check_ps1_file, choose_files, crop_or_pad, cutout_path,
-                                    cutout_requests, list_requests, lupton_rgb, read_cutout, read_cutouts, read_file_list, show_cutouts)
+                                    cutout_requests, header_wcs, list_requests, lupton_rgb, read_cutout, read_cutouts, read_file_list, show_cutouts)
 from spectranb.download import Archives, Manners, Store
 
 
@@ -54,6 +56,25 @@ def test_position_is_that_of_the_middle_pixel(files):
     c = read_cutout(files)
     for size in 20, 21, 64: assert np.allclose([crop_or_pad(c, size).ra, crop_or_pad(c, size).dec], [c.ra, c.dec], atol=1e-9)
     assert np.isnan(read_cutout(band_file(files["g"], wcs=False)).ra)
+
+
+def test_old_form_of_the_matrix_in_many_threads(files):
+    "The old names of the matrix's cards mean the same and are not worth a word, however many threads read at once."
+    header = fits.getheader(files["g"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        expected = WCS(header)
+        assert len(said) == 4 and "deprecated" in str(said[0].message)
+        with ThreadPoolExecutor(8) as pool: found = list(pool.map(lambda _: [header_wcs(header) for _ in range(20)], range(8)))
+    assert len(said) == 4, said[4].message
+    assert np.array_equal(found[3][5].wcs.pc, expected.wcs.pc) and np.array_equal(found[7][19].wcs_pix2world(5, 9, 0), expected.wcs_pix2world(5, 9, 0))
+    assert "PC001001" in header, "the caller's header is left alone"
+
+
+def test_both_forms_of_the_matrix_in_one_header(files):
+    header = fits.getheader(files["g"]); header["PC1_1"], header["PC001001"] = -1.0, 7.0
+    with warnings.catch_warnings(): warnings.simplefilter("error"); header_wcs(header)
+    assert np.array_equal(header_wcs(header).wcs.pc, [[-1, 0], [0, 1]])
 
 
 def test_no_image(tmp_path, files):

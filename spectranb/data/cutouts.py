@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SAME_POSITION', 'NO_COVERAGE', 'RGB_CHOICES', 'RGB_WEIGHTS', 'calibrate', 'Cutout', 'check_cutout', 'crop_or_pad',
-           'band_of', 'read_cutout', 'read_cutouts', 'batches', 'list_requests', 'read_file_list', 'check_file_list',
-           'choose_files', 'check_ps1_file', 'cutout_path', 'cutout_requests', 'lupton_rgb', 'show_cutouts']
+           'read_fits_image', 'band_of', 'header_wcs', 'header_number', 'read_cutout', 'read_cutouts', 'batches',
+           'list_requests', 'page_title', 'read_file_list', 'check_file_list', 'unique_positions', 'choose_files',
+           'check_ps1_file', 'cutout_path', 'cutout_requests', 'lupton_rgb', 'show_cutouts']
 
 # %% ../../nbs/02_data.cutouts.ipynb #be84a659
-import copy, hashlib, re, warnings
+import copy, hashlib, re, threading, warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from html import unescape
@@ -128,12 +129,17 @@ def _read_plain(body):
     except (ValueError, KeyError, TypeError, fits.VerifyError): return None      # no END, no size, too short, damaged cards
 
 # %% ../../nbs/02_data.cutouts.ipynb #0f70eb1e
-def _read_fits(path, all_cards=False):       # a path, or the bytes of a file; whether the whole header is wanted
-    "Pixel values and header of the first two-dimensional image in a FITS file."
+_FILTERS = threading.Lock()                                          # held by the thread that changes the warning filters
+
+def read_fits_image(
+    path,                           # a path, or the bytes of a file
+    all_cards:bool=False,           # the whole header rather than the cards that matter in a PS1 cutout
+):                                  # (H, W) pixel values as stored, header
+    "The first two-dimensional image in a FITS file. `BadInput` says why there is none."
     try:
         body = path if isinstance(path, bytes) else Path(path).read_bytes()
         if not all_cards and (plain := _read_plain(body)): return plain
-        with warnings.catch_warnings():
+        with _FILTERS, warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*truncated.*")
             with fits.open(BytesIO(body), memmap=False) as hdus:
                 images = [(np.asarray(h.data), h.header) for h in hdus if h.is_image and h.header.get("NAXIS", 0) > 0]
@@ -157,27 +163,43 @@ def band_of(
         if name and name[0] in BANDS and (len(name) == 1 or name[1] in ".,_ "): return name[0]
 
 # %% ../../nbs/02_data.cutouts.ipynb #707f0daf
-def _wcs_of(header):
-    "The celestial WCS of a header, None if it has none."
-    with warnings.catch_warnings():
+_OLD_PC = re.compile(r"PC(\d{3})(\d{3})")
+
+def _with_new_names(header):
+    "The header, cards such as PC001002 renamed to PC1_2; where it has both, the new one holds."
+    new = {card: f"PC{int(found[1])}_{int(found[2])}" for card in header if (found := _OLD_PC.fullmatch(card))}
+    if not new: return header
+    header = header.copy()
+    for card, name in new.items(): header.remove(card) if name in header else header.rename_keyword(card, name)
+    return header
+
+def header_wcs(
+    header,                         # FITS header
+):                                  # `WCS`, None if the header has no celestial coordinates
+    "The world coordinate system that a header describes."
+    with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", FITSFixedWarning)
-        try: wcs = WCS(header)
+        try: wcs = WCS(_with_new_names(header))
         except Exception: return None
     return wcs if wcs.has_celestial else None
 
-# %% ../../nbs/02_data.cutouts.ipynb #83db87a4
-def _number(header, card):
-    "A card as a number, None where it is absent, a string (many cards hold the string 'NaN') or not finite."
+# %% ../../nbs/02_data.cutouts.ipynb #02160350
+def header_number(
+    header,                         # FITS header
+    card:str,                       # keyword
+):                                  # float; None where the card is absent, text (many cards hold the text 'NaN') or not finite
+    "A card as a number."
     value = header.get(card)
     return float(value) if isinstance(value, (int, float)) and np.isfinite(value) else None
 
+# %% ../../nbs/02_data.cutouts.ipynb #5b71446c
 def _read_band(path, band):
     "One file: band, nanomaggies, (WCS cards, header), and what to remember of it; `band` is what the caller believes it is."
-    values, header = _read_fits(path)
+    values, header = read_fits_image(path)
     try:
         found, skycell = band_of(header), str(header.get("SKYCELL", ""))
         grid = tuple((c.keyword, c.value) for c in header.cards if _WCS_CARD.match(c.keyword)), header
-        n = {card: _number(header, card) for card in ("EXPTIME", "FPA.ZP", "BOFFSET", "BSOFTEN", "CELL.SATURATION")}
+        n = {card: header_number(header, card) for card in ("EXPTIME", "FPA.ZP", "BOFFSET", "BSOFTEN", "CELL.SATURATION")}
     except fits.VerifyError as e: raise BadInput(path, f"has a damaged header ({e})", "Fetch it again.") from None
     if band and found and band != found: raise BadInput(path, f"is a {found} image, given as {band}", "Swap the files.")
     if not (band := band or found): raise BadInput(path, "its header names no grizy band", "Give a dict {'g': path, …}.")
@@ -192,7 +214,7 @@ def _read_band(path, band):
 # %% ../../nbs/02_data.cutouts.ipynb #eb987652
 def _grids(headers):                # band -> (WCS cards, header)
     "The WCS of each band that has one; bands whose cards agree share one."
-    made = {cards: _wcs_of(header) for cards, header in dict(headers.values()).items()}
+    made = {cards: header_wcs(header) for cards, header in dict(headers.values()).items()}
     return {band: made[cards] for band, (cards, _) in headers.items() if made[cards] is not None}
 
 def _check_grids(known, name, shape):
@@ -284,13 +306,16 @@ def list_requests(
     return requests
 
 # %% ../../nbs/02_data.cutouts.ipynb #7c26ec21
-def _page_title(body):
-    "The title (or the beginning) of a web page, for messages; None if it is no web page."
+def page_title(
+    body:bytes,                     # what a server sent
+):                                  # up to 80 characters for a message; None if it is no web page
+    "The title, or else the beginning, of a web page."
     text = bytes(body[:4000]).decode("utf-8", "replace")
     if not re.search(r"<\s*(!doctype|html|head|title|body|pre|h1)\b", text, re.IGNORECASE): return None
     found = re.search(r"<title[^>]*>(.*?)</title", text, re.IGNORECASE | re.DOTALL)
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", found[1] if found else text)).split())[:80]
 
+# %% ../../nbs/02_data.cutouts.ipynb #de8075d6
 def read_file_list(
     text,                           # the service's answer, str or bytes
 ):                                  # DataFrame: ra, dec, band, filename, projcell, subcell, badflag, and the other columns as text
@@ -298,7 +323,7 @@ def read_file_list(
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     again = "Ask again later."
     if not text.strip(): raise BadInput("file list", "is empty: not even a header line", again)
-    if (title := _page_title(text.encode())) is not None: raise BadInput("file list", f"is a web page ({title!r})", again)
+    if (title := page_title(text.encode())) is not None: raise BadInput("file list", f"is a web page ({title!r})", again)
     head, *lines = (line.split() for line in text.splitlines() if line.strip())
     head = [h.lower() for h in head]
     if missing := [c for c in ("ra", "dec", "filter", "filename", "projcell", "subcell") if c not in head]:
@@ -353,14 +378,17 @@ def _one_cell(rows):
     best = rows.sort_values(["row", "n_good", "n", "first"], ascending=[True, False, False, True]).drop_duplicates("row")
     return rows.merge(best[["row", "projcell", "subcell"]])
 
-def _positions(catalog):
-    "Ids and positions of a catalogue, checked; `BadInput` if an id occurs twice."
+# %% ../../nbs/02_data.cutouts.ipynb #6dcf9b09
+def unique_positions(
+    catalog,                        # DataFrame with object_id, ra, dec
+):                                  # these three columns, checked by `check_catalog`
+    "Ids and positions of a catalogue; `BadInput` if an id occurs twice."
     catalog = check_catalog(catalog[["object_id", "ra", "dec"]])
     if (twice := catalog["object_id"].duplicated()).any():
         raise BadInput(catalog.loc[twice.idxmax(), "object_id"], "occurs twice in the catalogue", "Give every row an id of its own.")
     return catalog
 
-# %% ../../nbs/02_data.cutouts.ipynb #6dcf9b09
+# %% ../../nbs/02_data.cutouts.ipynb #14252b01
 NO_COVERAGE = "no Pan-STARRS coverage"
 
 def choose_files(
@@ -369,7 +397,7 @@ def choose_files(
     bands:str="grizy",              # bands wanted
 ):                                  # DataFrame: object_id, band, filename, projcell, subcell, badflag, missing_bands; rejects: name, reason, remedy
     "Which files to cut each object from. `BadInput` if the lists are of other objects, or an id occurs twice."
-    catalog = _positions(catalog)
+    catalog = unique_positions(catalog)
     tables = [t if isinstance(t, pd.DataFrame) else read_file_list(Path(t).read_bytes()) for t in lists]
     rows = pd.concat(tables or [_NO_FILES], ignore_index=True)
     rows = rows[rows["band"].isin(list(bands)) & (rows["type"].fillna("stack") == "stack" if "type" in rows else True)]
@@ -407,7 +435,7 @@ def _whole_ps1(body, size):         # pixel values and header
     def no(what): raise BadInput("cutout", what, "Ask again.")
     if not body: no("is empty")
     if not body.startswith(b"SIMPLE  ="):
-        title = _page_title(body)
+        title = page_title(body)
         no(f"does not begin as a FITS file but with {bytes(body[:20])!r}" if title is None else f"is a web page ({title!r})")
     if len(body) % 2880: no(f"is cut off or damaged: {len(body)} bytes are no multiple of 2880")
     try: header, start = _header(body)
@@ -418,6 +446,7 @@ def _whole_ps1(body, size):         # pixel values and header
     if len(body) < start + 4 * size * size: no(f"is cut off: {len(body)} bytes, {start + 4 * size * size} needed")
     return np.frombuffer(body, ">f4", size * size, start), header
 
+# %% ../../nbs/02_data.cutouts.ipynb #5f4fe9b3
 def check_ps1_file(
     body:bytes,                     # what the service sent
     ra:float, dec:float,            # degrees, the target
@@ -438,8 +467,8 @@ def _wrong_ps1(header, ra, dec, band, size, skycell):
     "What contradicts the request in a cutout's header; None if nothing does."
     if (found := band_of(header)) != band: return f"is of band {found}, not {band}"
     if skycell and header.get("SKYCELL") != skycell: return f"is of {header.get('SKYCELL')}, not {skycell}"
-    if not (_number(header, "EXPTIME") or 0) > 0: return f"has the exposure time {header.get('EXPTIME')}"
-    if (wcs := _wcs_of(header)) is None: return "has no coordinate system"
+    if not (header_number(header, "EXPTIME") or 0) > 0: return f"has the exposure time {header.get('EXPTIME')}"
+    if (wcs := header_wcs(header)) is None: return "has no coordinate system"
     off = np.array(wcs.wcs_world2pix(ra, dec, 0)) - size // 2
     if not (np.abs(off) <= 1).all(): return f"is of another place: the target would be {np.hypot(*off):.0f} pixels from where it belongs"
 
@@ -460,7 +489,7 @@ def cutout_requests(
     archives=Archives(),            # base addresses
 ):                                  # iterator of `Request`, len(files) of them
     "One request a band and object, sorted by sky cell and band; key `object_id.band`."
-    rows = files.merge(_positions(catalog), on="object_id").sort_values(["projcell", "subcell", "band"], kind="stable")
+    rows = files.merge(unique_positions(catalog), on="object_id").sort_values(["projcell", "subcell", "band"], kind="stable")
     url = f"{archives.ps1}/cgi-bin/fitscut.cgi"
     for r in rows.itertuples(index=False):
         check = partial(check_ps1_file, ra=r.ra, dec=r.dec, band=r.band, size=size,

@@ -16,8 +16,8 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 from ..core import BANDS, CUTOUT_SIZE, PIXEL_SCALE, BadInput, nanomaggies_to_mag, real_dir
-from .cutouts import (Cutout, _number, _page_title, _positions, _read_fits, _wcs_of, band_of, calibrate, check_cutout,
-                                    cutout_path, read_cutout, show_cutouts)
+from .cutouts import (Cutout, band_of, calibrate, check_cutout, cutout_path, header_number, header_wcs, page_title,
+                                    read_cutout, read_fits_image, show_cutouts, unique_positions)
 from ..download import Absent, Archives, Request
 
 # %% ../../nbs/02b_data.images.ipynb #0533428f
@@ -28,7 +28,7 @@ def header_zero_point(
 ):                                  # AB magnitude of 1 unit of the pixel values; None if the header does not say
     "The zero point that a header gives."
     for card in ZERO_CARDS:
-        if (value := _number(header, card)) is not None: return value
+        if (value := header_number(header, card)) is not None: return value
     unit = str(header.get("BUNIT", "")).strip()
     if unit.lower() in ("nanomaggy", "nanomaggies", "nmgy"): return 22.5
     unit = u.Unit(unit, parse_strict="silent") if unit else u.dimensionless_unscaled
@@ -37,17 +37,17 @@ def header_zero_point(
 # %% ../../nbs/02b_data.images.ipynb #a1c9d7e3
 def _flux(path, band, zero_point):  # band, (H, W) nanomaggies per pixel of the file, WCS, zero point used
     "Read and calibrate one image of any survey."
-    values, header = _read_fits(path, all_cards=True)
+    values, header = read_fits_image(path, all_cards=True)
     band = band or band_of(header)
     if band is None: raise BadInput(path, "its header names no grizy band", "Give a dict {'g': path, …}.")
-    if (wcs := _wcs_of(header)) is None: raise BadInput(path, "has no celestial coordinates (WCS)", "Solve its astrometry first.")
+    if (wcs := header_wcs(header)) is None: raise BadInput(path, "has no celestial coordinates (WCS)", "Solve its astrometry first.")
     given = zero_point.get(band) if isinstance(zero_point, dict) else zero_point
     zero = header_zero_point(header) if given is None else float(given)
     if zero is not None: return band, np.asarray(values, float) * 10 ** (-0.4 * (zero - 22.5)), wcs.celestial, zero
-    exptime, unit_zero = _number(header, "EXPTIME"), _number(header, "FPA.ZP")
+    exptime, unit_zero = header_number(header, "EXPTIME"), header_number(header, "FPA.ZP")
     if not exptime or unit_zero is None:
         raise BadInput(path, "has no AB zero point", "Give zero_point: the AB magnitude of one unit of its pixel values.")
-    flux = calibrate(values, exptime, unit_zero, _number(header, "BOFFSET"), _number(header, "BSOFTEN"))
+    flux = calibrate(values, exptime, unit_zero, header_number(header, "BOFFSET"), header_number(header, "BSOFTEN"))
     return band, flux.astype(float), wcs.celestial, unit_zero + 2.5 * np.log10(exptime)
 
 # %% ../../nbs/02b_data.images.ipynb #7b7b2a0a
@@ -127,7 +127,7 @@ def hips_requests(
     archives=Archives(),            # base addresses
 ):                                  # iterator of `Request`
     "One request a band and object; key `object_id.hips.band`."
-    catalog = _positions(catalog)
+    catalog = unique_positions(catalog)
     for band, survey in hips.items():
         for o in catalog.itertuples(index=False):
             ask = dict(hips=survey, ra=f"{o.ra:.8f}", dec=f"{o.dec:.8f}", width=size, height=size, fov=f"{size * PIXEL_SCALE / 3600:.10f}",
@@ -145,11 +145,11 @@ def check_hips_file(
     "Raise `BadInput` unless this is the image asked for, and `Absent` if it is NaN everywhere: outside the footprint."
     def no(what): raise BadInput(name, what, "Ask again.")
     if not body: no("is empty")
-    if (title := _page_title(body)) is not None and not body.startswith(b"SIMPLE"): no(f"is a web page ({title!r})")
-    try: values, header = _read_fits(bytes(body), all_cards=True)
+    if (title := page_title(body)) is not None and not body.startswith(b"SIMPLE"): no(f"is a web page ({title!r})")
+    try: values, header = read_fits_image(bytes(body), all_cards=True)
     except BadInput as e: no(e.what)
     if values.shape != (size, size): no(f"is an image of {values.shape[1]} × {values.shape[0]} pixels, not {size} × {size}")
-    if (wcs := _wcs_of(header)) is None: no("has no coordinate system")
+    if (wcs := header_wcs(header)) is None: no("has no coordinate system")
     off = np.array(wcs.celestial.wcs_world2pix(ra, dec, 0)) - size // 2
     if not (np.abs(off) <= 1.01).all(): no(f"is of another place: the target would be {np.hypot(*off):.0f} pixels from where it belongs")
     if not np.isfinite(values).any(): raise Absent(f"outside the footprint of {survey}")
