@@ -111,6 +111,7 @@ def _longest(mask):
         if long > 4 * wide: longest = max(longest, long * PIXEL_SCALE)
     return float(longest)
 
+# %% ../../nbs/02c_data.quality.ipynb #4b5e6b82
 _JUMP = np.repeat([-0.5, 1.5, -1.5, 0.5], 12) / 12                   # the filter of the text, as weights
 
 def _steps(profile):
