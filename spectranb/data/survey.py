@@ -295,11 +295,6 @@ class Survey:
     def __len__(self): return self.info["n"]
     def __reduce__(self): return Survey.open, (self.path,)
     def __repr__(self): return f"Survey({str(self.path.name)!r}: {len(self):,} galaxies, cutouts {self.size or 'none'})"
-
-    def _array(self, name): return np.load(self.path / f"{name}.npy", mmap_mode="r")[:len(self)]
-    def _table(self, name):         # a table may have grown since the survey was opened
-        table = pd.read_parquet(self.path / f"{name}.parquet")
-        return table if name in self.info.get("lists", ()) else table.iloc[:len(self)]
     @property
     def size(self): return self.info["size"]
     @cached_property
@@ -313,12 +308,21 @@ class Survey:
     @cached_property
     def arrays(self): return {name: self._array(name) for name in self.info["arrays"]}
     @cached_property
-    def tables(self):
-        return {name: self._table(name) for name in self._table_names if name != "catalog"}
-    @property
-    def _table_names(self): return [Path(f).stem for f in self.info["files"] if f.endswith(".parquet")]
+    def tables(self): return {name: self._table(name) for name in self._table_names if name != "catalog"}
     @property
     def truth(self): return self.tables.get("truth")
+
+# %% ../../nbs/04_data.survey.ipynb #05c201a4
+@patch
+def _array(self:Survey, name): return np.load(self.path / f"{name}.npy", mmap_mode="r")[:len(self)]
+
+@patch
+def _table(self:Survey, name):
+    table = pd.read_parquet(self.path / f"{name}.parquet")
+    return table if name in self.info.get("lists", ()) else table.iloc[:len(self)]
+
+@patch(as_prop=True)
+def _table_names(self:Survey): return [Path(f).stem for f in self.info["files"] if f.endswith(".parquet")]
 
 # %% ../../nbs/04_data.survey.ipynb #24e7d712
 def npy_header(
