@@ -408,7 +408,7 @@ def requests_done(
     out,                            # folder of a fetch
 )->dict:                            # step -> files that are there; sql: pages
     "What a fetch has already, without disturbing it."
-    out, done = Path(out), dict(sql=len(list((Path(out) / "sql").glob("*.csv"))))
+    out, done = Path(out), dict(sql=len(list((Path(out) / "sql").rglob("plates-*.csv"))))
     for step in "lists", "spectra", "cutouts":
         ledger = out / step / "ledger.sqlite"
         if not ledger.exists(): continue
