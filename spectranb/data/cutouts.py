@@ -109,12 +109,17 @@ _WCS_CARD = re.compile(r"(WCSAXES|CTYPE|CRVAL|CRPIX|CDELT|CUNIT|CROTA|LONPOLE|LA
 _CARD = re.compile(_WCS_CARD.pattern + r"|SIMPLE|BITPIX|NAXIS|BSCALE|BZERO|BOFFSET|BSOFTEN|EXPTIME|SKYCELL|FILTER"
                    r"|HIERARCH (FPA\.ZP|FPA\.FILTER|CELL\.SATURATION)")
 _TO_END = re.compile(rb"(?:.{80})*?END {77}", re.DOTALL)
+_OLD_PC = re.compile(r"PC(\d{3})(\d{3})(?=\s*=|$)")
+
+def _new_name(card):
+    "A card, or its keyword, with PC1_2 for PC001002."
+    return (f"PC{int(old[1])}_{int(old[2])}".ljust(8) + card[8:]) if (old := _OLD_PC.match(card)) else card
 
 def _header(body):
     "The cards that matter in the primary header of a FITS file's bytes, and where its pixels begin; `ValueError` if there is no end."
     if not (found := _TO_END.match(body)): raise ValueError("its header has no end")
     text = body[:found.end() - 80].decode("ascii")
-    cards = [text[i:i + 80] for i in range(0, len(text), 80) if _CARD.match(text, i)]
+    cards = [_new_name(text[i:i + 80]) for i in range(0, len(text), 80) if _CARD.match(text, i)]
     return fits.Header.fromstring("".join(cards)), -(-found.end() // 2880) * 2880
 
 # %% ../../nbs/02_data.cutouts.ipynb #eca092fc
@@ -162,15 +167,15 @@ def band_of(
         name = str(header.get(card, "")).strip().lower()
         if name and name[0] in BANDS and (len(name) == 1 or name[1] in ".,_ "): return name[0]
 
-# %% ../../nbs/02_data.cutouts.ipynb #707f0daf
-_OLD_PC = re.compile(r"PC(\d{3})(\d{3})")
-
-def _with_new_names(header):
-    "The header, cards such as PC001002 renamed to PC1_2; where it has both, the new one holds."
-    new = {card: f"PC{int(found[1])}_{int(found[2])}" for card in header if (found := _OLD_PC.fullmatch(card))}
-    if not new: return header
+# %% ../../nbs/02_data.cutouts.ipynb #3d6b25c3
+def _new_names(header):
+    "The header with the new names of the matrix's cards; where it has both, the new one holds."
+    old = [card for card in header if _OLD_PC.match(card)]
+    if not old: return header
     header = header.copy()
-    for card, name in new.items(): header.remove(card) if name in header else header.rename_keyword(card, name)
+    for card in old:
+        name = _new_name(card).strip()
+        header.remove(card) if name in header else header.rename_keyword(card, name)
     return header
 
 def header_wcs(
@@ -179,7 +184,7 @@ def header_wcs(
     "The world coordinate system that a header describes."
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", FITSFixedWarning)
-        try: wcs = WCS(_with_new_names(header))
+        try: wcs = WCS(_new_names(header))
         except Exception: return None
     return wcs if wcs.has_celestial else None
 
