@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'DIVERGING', 'STEP', 'CLASSES', 'traverse', 'label_features', 'plot_spectrum_axes', 'value_colours',
-           'plot_traversals', 'SpectrumStage', 'png_bytes', 'unit_spectra', 'LatentExplorer', 'interpolate', 'mix',
+           'plot_traversals', 'png_bytes', 'SpectrumStage', 'unit_spectra', 'LatentExplorer', 'interpolate', 'mix',
            'plot_interpolation', 'latent_correlations', 'truth_quantities', 'plot_correlations', 'galaxy_class',
            'plot_latent_map']
 
@@ -65,7 +65,6 @@ def plot_spectrum_axes(ax, names=True, ylabel="flux / rms"):         # axes -> N
     label_features(ax, names)
     ax.set(xlim=(REST_WAVELENGTH[0], REST_WAVELENGTH[-1]), xlabel="rest wavelength [Å, vacuum]", ylabel=ylabel)
 
-# %% ../nbs/06f_explore.ipynb #07f3a65c
 DIVERGING = ("#1877d2", "#7a9cc0", "#222222", "#cf8a80", "#d8261c")   # low to high; dark in the middle, so that it shows on white
 
 def value_colours(values):          # (n,) → colour map, norm symmetric about 0
@@ -107,6 +106,13 @@ def plot_traversals(
     return fig
 
 # %% ../nbs/06f_explore.ipynb #b63105d9
+def png_bytes(pixels):              # (H, W, 4) uint8 → bytes
+    "Pixels as PNG, compressed little: that is faster than it is worth in size."
+    from matplotlib.image import imsave
+    imsave(out := io.BytesIO(), pixels, format="png", pil_kwargs=dict(compress_level=1), metadata={"Software": None})
+    return out.getvalue()
+
+# %% ../nbs/06f_explore.ipynb #2de03827
 STEP = 1.4                                                           # from rung to rung
 
 class SpectrumStage:
@@ -118,8 +124,8 @@ class SpectrumStage:
         self.canvas = FigureCanvasAgg(self.fig)
         self.ax = self.fig.add_axes((left, 0.15, 0.988 - left, 0.68))
         plot_spectrum_axes(self.ax)
-        self.behind, = self.ax.plot(REST_WAVELENGTH, np.full(len(REST_WAVELENGTH), np.nan), color="0.6", lw=0.7)
-        self.line, = self.ax.plot(REST_WAVELENGTH, np.ones(len(REST_WAVELENGTH)), color="#c2261c", lw=1.0, animated=True)
+        self.behind, = self.ax.plot(REST_WAVELENGTH, np.full(len(REST_WAVELENGTH), np.nan), color="0.6", lw=0.9)
+        self.line, = self.ax.plot(REST_WAVELENGTH, np.ones(len(REST_WAVELENGTH)), color="#c2261c", lw=0.8, animated=True)
         self.backgrounds = {}
 
     def limits(self, flux):         # (1000,) → rung of the scale, y limits
@@ -145,17 +151,11 @@ class SpectrumStage:
 
     def png(self, flux): return png_bytes(self.pixels(flux))         # (1000,) → bytes
 
-def png_bytes(pixels):              # (H, W, 4) uint8 → bytes
-    "Pixels as PNG, compressed little: that is faster than it is worth in size."
-    from matplotlib.image import imsave
-    imsave(out := io.BytesIO(), pixels, format="png", pil_kwargs=dict(compress_level=1), metadata={"Software": None})
-    return out.getvalue()
-
 # %% ../nbs/06f_explore.ipynb #2f6b80e7
 def _widgets():                     # the module `ipywidgets`; `BadInput` if it is missing
     try: import ipywidgets
     except ImportError: raise BadInput("ipywidgets", "is not installed, and sliders need it",
-        "`pip install ipywidgets`, then reload the page of the notebook; `plot_traversals` does without.") from None
+        "`pip install ipywidgets`, then reload the notebook's page; `plot_traversals` does without.") from None
     return ipywidgets
 
 def unit_spectra(
@@ -247,7 +247,7 @@ def still(self:LatentExplorer):     # PNG bytes
     rails.hlines(np.arange(n), -self.limit, self.limit, color="0.75", lw=3, capstyle="round")
     rails.plot(self.values, np.arange(n), "o", color="#c2261c", ms=9)
     for k, v in enumerate(self.values): rails.text(0, k - 0.28, f"latent {k + 1}: {v:+.2f}", size=7.5, color="0.3", ha="center")
-    rails.set(xlim=(-1.15 * self.limit, 1.15 * self.limit), ylim=(n - 0.5, -0.7), yticks=[], xlabel="σ of the training set")
+    rails.set(xlim=(-1.15 * self.limit, 1.15 * self.limit), ylim=(n - 0.5, -0.7), xticks=(-self.limit, 0, self.limit), yticks=[], xlabel="σ of the training set")
     rails.spines[:].set_visible(False)
     return stage.png(self.spectrum)
 
@@ -309,7 +309,8 @@ def latent_correlations(
     z = np.asarray(latents, float)
     if z.ndim != 2: raise BadInput("latents", f"have shape {z.shape}", "Give (N, n_latent).")
     columns = {name: np.asarray(q) for name, q in truth.items()}
-    if wrong := [name for name, q in columns.items() if q.shape != (len(z),)]: raise BadInput(wrong[0], f"has not one value for each of the {len(z)} galaxies", "Same rows, same order.")
+    wrong = [name for name, q in columns.items() if q.shape != (len(z),)]
+    if wrong: raise BadInput(wrong[0], f"has not one value for each of the {len(z)} galaxies", "Give the same rows in the same order.")
     columns = {name: q.astype(float) for name, q in columns.items() if q.dtype.kind in "biuf"}
     if not columns: raise BadInput("truth", "has no column of numbers", "Give quantities by name.")
     rows = {}
@@ -391,8 +392,9 @@ def plot_latent_map(
     names, counts = np.unique(classes, return_counts=True)
     for k, (name, n) in enumerate(sorted(zip(names, counts), key=lambda p: -p[1])):
         at, rare = classes == name, n < 0.15 * len(z)
-        ax.scatter(z[at, i - 1], z[at, j - 1], s=np.clip(3e4 / n, 4, 40) if rare else np.clip(4e3 / n, 2, 12), color=CLASSES.get(name, f"C{k}"), alpha=0.9 if rare else 0.55,
-                   lw=0.3 if rare else 0, edgecolor="w" if n > 0.03 * len(z) else "k", label=f"{name} ({n:,})", zorder=2 + k, rasterized=True)
+        size = np.clip(3e4 / n, 4, 40) if rare else np.clip(4e3 / n, 2, 12)
+        ax.scatter(z[at, i - 1], z[at, j - 1], s=size, color=CLASSES.get(name, f"C{k}"), alpha=0.9 if rare else 0.55, lw=0.3 if rare else 0,
+                   edgecolor="w" if n > 0.03 * len(z) else "k", label=f"{name} ({n:,})", zorder=2 + k, rasterized=True)
     ax.set(xlabel=f"latent {i} [σ]", ylabel=f"latent {j} [σ]", **{f"{a}lim": np.nanquantile(z[:, k - 1], [0.001, 0.999]) * 1.15 for a, k in (("x", i), ("y", j))})
     if legend: ax.legend(fontsize=8, markerscale=1.2)
     return ax
