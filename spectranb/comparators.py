@@ -80,7 +80,30 @@ def _training_set(flux, ivar, basis, n_components):     # as it is, or made
     return flux if isinstance(flux, TrainingSet) else TrainingSet.make(flux, ivar, basis, max(10, n_components), progress=False)
 
 # %% ../nbs/06b_comparators.ipynb #72f36e3b
-@dataclass(repr=False)
+def _bins_from(weight, weighted, templates, coefficients_of, chunk=4096):
+    "Normal equations of each bin (m, k, k), (m, k), held near `templates` (k, m) where no spectrum has data, from coefficients of one chunk after the other."
+    k = len(templates)
+    matrix, right = np.zeros((weight.shape[1], k, k)), np.zeros((weight.shape[1], k))
+    for part in (slice(i, i + chunk) for i in range(0, len(weight), chunk)):
+        m, b = _normal_equations(weight[part].T, weighted[part].T, coefficients_of(part).T.astype(np.float32))
+        matrix, right = matrix + m, right + b
+    near = 1e-7 * np.trace(matrix, axis1=1, axis2=2).mean() / k
+    return matrix + near * np.eye(k), right + near * templates.T
+
+def _polished(weight, weighted, components):            # one round of alternating least squares; (N, 1000) weights, weights times data
+    mean, rows, c = components.mean, components.loadings.astype(np.float32), np.empty((len(weight), len(components.variance)))
+    def coefficients_of(part):
+        matrix, right = _normal_equations(weight[part], weighted[part] - weight[part] * np.float32(mean), rows)
+        c[part] = np.linalg.solve(_ridged(matrix, 1e-6), right[..., None])[..., 0]
+        return np.c_[np.ones(len(c[part])), c[part]]
+    matrix, right = _bins_from(weight, weighted, np.vstack([mean, rows]), coefficients_of)
+    mean, *rows = np.linalg.solve(matrix, right[..., None])[..., 0].T
+    value, vector = np.linalg.eigh(np.cov(c.T, bias=True).reshape(c.shape[1], -1))
+    _, s, v = np.linalg.svd((vector * np.sqrt(np.maximum(value, 0))).T @ rows, full_matrices=False)
+    return GapBasis(mean + c.mean(0) @ rows, v * np.sign(v.sum(1, keepdims=True) + 1e-300), np.maximum(s ** 2, 1e-9))
+
+# %% ../nbs/06b_comparators.ipynb #47883da1
+@dataclass(repr=False, eq=False)
 class SpectrumPCA(LinearCoder):
     "Principal components behind the calls of `SpectrumVAE`. Make one with `SpectrumPCA.fit`."
     components: GapBasis            # mean, components and variances
@@ -98,13 +121,17 @@ class SpectrumPCA(LinearCoder):
         n_components:int=6,
         basis:GapBasis=None,        # for the gaps; None: learnt from the spectra
         n_iter:int=10,              # rounds of expectation and maximisation
+        polish:int=5,               # rounds of least squares after them
         progress:bool=False,
     ):                              # `SpectrumPCA`
         "Weighted PCA of spectra with gaps. Raises `BadInput` as `TrainingSet.make` does."
         data = _training_set(flux, ivar, basis, n_components)
         x, w = data.x.cpu().numpy() + np.float32(data.basis.mean), data.weight.cpu().numpy()
         variance = np.maximum(1 / np.where(w > 0, w, 1) - MODEL_VARIANCE, 1e-9)      # the softening is put back by `fit_gap_basis`
-        pca = cls(fit_gap_basis(x, np.where(w > 0, 1 / variance, 0).astype(np.float32), n_components, n_iter, progress), data.basis)
+        found = fit_gap_basis(x, np.where(w > 0, 1 / variance, 0).astype(np.float32), n_components, n_iter, progress)
+        x *= w
+        for _ in range(polish): found = _polished(w, x, found)
+        pca = cls(found, data.basis)
         pca.rejects = data.rejects
         return pca
 
@@ -149,22 +176,18 @@ def _first_templates(x, k, seed):   # (k, m) ≥ 0 from (n, m) filled spectra
         warnings.simplefilter("ignore")                              # not converged: a start is all that is asked for
         return NMF(k, init="nndsvda" if k <= min(x.shape) else "random", max_iter=30, random_state=seed).fit(np.maximum(x, 0)).components_.astype(float)
 
-def _alternate(weight, weighted, square, templates, coefficients, chunk=4096):
+def _alternate(weight, weighted, square, templates, coefficients):
     "One round: coefficients of all spectra, then templates of all bins; changes `coefficients`, returns templates and Σ w (x - x̂)² before them."
-    k, loss = len(templates), square
-    matrix, right = np.zeros((weight.shape[1], k, k)), np.zeros((weight.shape[1], k))
-    rows = templates.astype(np.float32)
-    for part in (slice(i, i + chunk) for i in range(0, len(weight), chunk)):
+    losses, rows = [square], templates.astype(np.float32)
+    def coefficients_of(part):
         m, b = _normal_equations(weight[part], weighted[part], rows)
         c = coefficients[part] = nonnegative_solve(_ridged(m, 1e-6), b, coefficients[part])
-        loss += float(np.einsum("ni,nij,nj->", c, m, c) - 2 * np.sum(b * c))
-        m, b = _normal_equations(weight[part].T, weighted[part].T, c.T.astype(np.float32))
-        matrix, right = matrix + m, right + b
-    near = 1e-7 * np.trace(matrix, axis1=1, axis2=2).mean() / k      # holds a template where no spectrum has data
-    return nonnegative_solve(matrix + near * np.eye(k), right + near * templates.T, templates.T).T, loss
+        losses.append(float(np.einsum("ni,nij,nj->", c, m, c) - 2 * np.sum(b * c)))
+        return c
+    return nonnegative_solve(*_bins_from(weight, weighted, templates, coefficients_of), templates.T).T, sum(losses)
 
 # %% ../nbs/06b_comparators.ipynb #1f278a9a
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class SpectrumNMF(LinearCoder):
     "Non-negative components behind the calls of `SpectrumVAE`. Make one with `SpectrumNMF.fit`."
     rows: np.ndarray                # (k, 1000) ≥ 0, templates of mean square 1, the most used first

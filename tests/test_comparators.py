@@ -187,6 +187,25 @@ def test_pca_of_a_plane_is_the_plane():
     assert np.sqrt(np.mean((model - truth / norm) ** 2)) < 2e-3
 
 
+def test_pca_least_squares_rounds(noisy):
+    "They lower the loss to below that of the NMF, keep the components orthogonal and the coefficients standardised."
+    data = TrainingSet.make(*noisy[:2], progress=False)
+    loss = lambda coder: reconstruction_scores(coder, *noisy[:2])["wmse all"].mean()
+    rough, pca = (SpectrumPCA.fit(data, n_components=2, polish=n) for n in (0, 8))
+    assert loss(pca) < loss(rough) and loss(pca) < loss(SpectrumNMF.fit(data, n_components=2))
+    assert np.allclose(pca.components.components @ pca.components.components.T, np.eye(2), atol=1e-9)
+    c = pca.encode(*noisy[:2])
+    assert np.abs(c.mean(0)).max() < 0.05 and np.abs(np.cov(c.T) - np.eye(2)).max() < 0.05
+
+
+def test_pca_of_complete_data_of_equal_weight_is_an_svd():
+    flux, ivar, truth = additive(300, k=4, snr=30, gaps=False)
+    pca = SpectrumPCA.fit(flux, ivar, 2, polish=60)
+    x, _ = pca.prepare(flux, ivar)
+    known = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:2]
+    assert np.linalg.svd(known @ pca.components.components.T, compute_uv=False).min() > 1 - 1e-3
+
+
 # bad input ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["pca", "nmf"])
@@ -304,6 +323,8 @@ def test_table_and_figure(coders, noisy):
     assert list(table["method"]) == ["PCA", "NMF", "VAE"] and list(table["latents [number]"]) == [3, 3, 2] and (table["spectra [number]"] == 400).all()
     assert table.loc["nmf", "reduced χ², all [per bin]"] == pytest.approx(reconstruction_scores(coders["nmf"], *noisy[:2])["chi2 all"].mean())
     assert 0 < table.loc["nmf", "rms from truth, data [norm]"] < 0.02
+    brighter = compare_coders(coders, 7 * noisy[0], noisy[1] / 49, 7 * noisy[2])
+    assert np.allclose(brighter.iloc[:, 1:].astype(float), table.iloc[:2, 1:].astype(float), rtol=1e-2)
     assert "rms from truth, data [norm]" not in compare_coders(coders, *noisy[:2])
     fig, axes = plot_components(table)
     assert [a.get_title() for a in axes] == list(KINDS) and {a.get_yscale() for a in axes} == {"log"}
