@@ -159,7 +159,7 @@ def _with_photometry(t, rng):
     new |= dict(petroR50_r=t["size"], petroR90_r=2.4 * t["size"])
     return t.drop(columns="petroMag_r").assign(**new)
 
-# %% ../nbs/00b_standin.ipynb #b2cc4b9d
+# %% ../nbs/00b_standin.ipynb #be265973
 def _identify(t):
     "Add specObjIDs, plate numbers permitting, and the other columns of SpecObjAll that follow from the row."
     from spectranb.data.catalog import specobjid_encode
@@ -175,7 +175,6 @@ def _identify(t):
     t["subClass"] = np.where((t["class"] == "GALAXY") & (t.age < 0.5), "STARFORMING", "")
     return t.assign(row=number)
 
-# %% ../nbs/00b_standin.ipynb #be265973
 def _draw_sky(n, rng, per_plate, repeats, others):
     "Rows of a toy sky without its photometry."
     plates = _plates(rng, max(-(-n // per_plate), 3))
@@ -428,7 +427,6 @@ def _fixed_cards(projcell, subcell, band):
         ("MJD-OBS", 56000.0)]
     return b"".join(card(*c) for c in cards)
 
-# %% ../nbs/00b_standin.ipynb #9287b6ce
 def cutout_fits(
     values,                         # (H, W) as they shall be stored
     crpix,                          # x, y of the projection's centre, FITS convention (from 1)
@@ -1027,7 +1025,7 @@ def finish_names(answer, columns=NEW_COLUMNS):
     if hasattr(answer, "groups"): answer.body = list_text([r for _, rows in answer.groups for r in rows], columns).encode()
     return answer
 
-# %% ../nbs/00b_standin.ipynb #09260ffd
+# %% ../nbs/00b_standin.ipynb #b7d10309
 class _Handler(BaseHTTPRequestHandler):
     protocol_version, timeout = "HTTP/1.1", 120
     def log_message(self, *args): pass
@@ -1040,7 +1038,6 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-# %% ../nbs/00b_standin.ipynb #b7d10309
 class _Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 256
     def __init__(self, standin, port):
@@ -1340,7 +1337,7 @@ def asinh_scaled(
     "Counts as the full stacks hold them, so that counts = BOFFSET + 2 BSOFTEN sinh(value / 1.0857362)."
     return np.float32(1.0857362) * np.arcsinh((counts - boffset) / (2 * bsoften)), (("BSOFTEN", bsoften), ("BOFFSET", boffset))
 
-# %% ../nbs/00b_standin.ipynb #fbf4a111
+# %% ../nbs/00b_standin.ipynb #69c7747c
 def _rows(change):
     "A spoiler of lists: `change` takes the rows of one object and gives others."
     def spoil(faults, answer):
@@ -1355,7 +1352,6 @@ def _neighbour(r):
     name = stack_name(r["projcell"], sub, r["filter"], r["type"])
     return r | dict(subcell=sub, filename=name, shortname=name.rsplit("/", 1)[1], badflag=1)
 
-# %% ../nbs/00b_standin.ipynb #69c7747c
 def _table(change):
     "A spoiler of CSV tables: `change` takes names and rows."
     def spoil(faults, answer):
@@ -1438,7 +1434,7 @@ def _send_429(faults, standin, handler, answer, record):
 
 _SEND = dict(cut=_send_cut, hang=_send_hang, drip=_send_drip, rate429=_send_429)
 
-# %% ../nbs/00b_standin.ipynb #ece254a1
+# %% ../nbs/00b_standin.ipynb #1e00d76d
 def make_parser():                  # `argparse.ArgumentParser`
     "The arguments of `python -m spectranb.standin`."
     p = argparse.ArgumentParser(prog="python -m spectranb.standin",
@@ -1448,10 +1444,14 @@ def make_parser():                  # `argparse.ArgumentParser`
     p.add_argument("--seed", type=int, default=0, help="of the sky and of the faults (0)")
     p.add_argument("--port", type=int, default=0, help="port; 0: any that is free")
     p.add_argument("--faults", default="0", help="probability of a fault a request (0), or kind=probability,…")
+    p.add_argument("--max-repeat", type=int, default=3, help="faults in a row that one file meets at most (3)")
+    p.add_argument("--hang", type=float, default=30.0, help="seconds of silence of an answer that hangs (30)")
+    p.add_argument("--drip", type=float, default=20.0, help="seconds that a dripping answer takes (20)")
     p.add_argument("--latency", type=float, default=0.0, help="seconds that each answer takes (0)")
     p.add_argument("--log", help="file to append the log to, a line of JSON a request")
     return p
 
+# %% ../nbs/00b_standin.ipynb #edc7d37a
 def main(
     argv=None,                      # arguments, default: the command line's
 )->int:                             # exit status
@@ -1464,7 +1464,7 @@ def main(
     faults = {k: float(v) for k, v in (f.split("=") for f in a.faults.split(","))} if "=" in a.faults else float(a.faults)
     over = threading.Event()
     for s in signal.SIGINT, signal.SIGTERM: signal.signal(s, lambda *_: over.set())
-    with StandIn(sky, faults, a.seed, a.latency, a.log, a.port) as archive:
+    with StandIn(sky, faults, a.seed, a.latency, a.log, a.port, max_repeat=a.max_repeat, hang=a.hang, drip=a.drip) as archive:
         print(archive.url, flush=True)
         while not over.wait(1): pass
     return 0

@@ -537,6 +537,30 @@ def test_command(tmp_path):
     assert p.wait(5) == 0 and p.stderr.read() == "" and len((tmp_path / "log").read_text().splitlines()) == 1
 
 
+def test_command_line_sets_what_faults_take():
+    "The options of the faults reach the faults: a drip of 0.5 s, a silence of 0.3 s, and one fault in a row."
+    p = subprocess.Popen([sys.executable, "-m", "spectranb.standin", "--galaxies", "5", "--faults", "http500=0.4,drip=0.4,hang=0.2", "--drip", "0.5",
+        "--hang", "0.3", "--max-repeat", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    g, url, met = Sky.toy(5).galaxies.iloc[0], p.stdout.readline().strip(), []
+    try:
+        for _ in range(10):
+            start = time.monotonic()
+            try: kind = requests.get(url + "/sas/" + spectrum_path(17, g.run2d, g.plate, g.mjd, g.fiberid), timeout=15).status_code
+            except requests.RequestException: kind = "hang"
+            met.append((kind, time.monotonic() - start))
+    finally: p.send_signal(signal.SIGTERM); p.wait(5)
+    kinds = [k for k, _ in met]
+    assert {200, 500, "hang"} == set(kinds) and not any({a, b} <= {500, "hang"} for a, b in zip(kinds, kinds[1:])), "never two in a row"
+    assert all(t > 0.25 for k, t in met if k == "hang") and 0.4 < max(t for _, t in met) < 10, "the defaults are 20 and 30 s"
+
+
+def test_help_names_every_option(capsys):
+    from spectranb.standin import make_parser
+    with pytest.raises(SystemExit): make_parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{o} " in text for o in ("hang", "drip", "max-repeat", "faults", "latency", "survey")) and "(30)" in text
+
+
 # Real files
 
 def test_real_files_byte_for_byte(tmp_path):
