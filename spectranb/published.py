@@ -203,6 +203,7 @@ def _raw_array(m, state):
     data = m.file.read(min(math.prod(_whole(*shape)) * dtype.dtype.itemsize, MAX_BYTES))
     return Array().fill(shape, dtype, state["order"] == "F", data)
 
+# %% ../nbs/06d_published.ipynb #5d5f004c
 def _build(m):
     target, state = m.take(2)
     if type(state) is tuple: m.spend(state)
@@ -499,6 +500,7 @@ def _mean_spectrum(path):
     if not 0.3 < (square := (mean ** 2).sum()) < 1.01: raise BadInput(path, f"has Σf² = {square:.3g}; the mean of spectra with Σf² = 1 has a little less than 1", "Give `meanspec.npy` as published.")
     return mean
 
+# %% ../nbs/06d_published.ipynb #65d6c086
 def read_published_vae(
     network,                        # .pth of a whole module, or a folder that holds one
     pca=None, meanspec=None,        # latent_pca.pkl, meanspec.npy; None: beside the network or one folder up

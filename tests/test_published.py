@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from spectranb.core import BadInput
-from spectranb.data.spectra import GapBasis
+from spectranb.data.spectra import GapBasis, infill
 from spectranb.published import (allowed, convert_published, find_activation, linear_layers, network_of, read_npy, read_pickle,
                                  read_pickled_tensors, read_published_vae, whitening_of)
 from spectranb.vae import SpectrumVAE
@@ -102,7 +102,7 @@ def alike(tmp_path_factory):
 
 def binary(text): return b"X" + struct.pack("<I", len(text)) + text.encode()
 
-GLOBAL, HERE = b"ctest_published\ntouch\n", __name__
+HERE = __name__
 
 
 class Reduce:
@@ -206,10 +206,8 @@ def test_hostile_inside_of_torch_files(kind, tmp_path, alike):
 
 
 def test_hostile_in_a_modules_state(tmp_path):
-    class Module(nn.Module): pass
-    net = nn.Sequential(nn.Linear(2, 2))
     for place in (lambda x: setattr(net, "extra", x), lambda x: net._forward_hooks.update(a=x), lambda x: net._modules.update(a=x),
-                  lambda x: net.weight_dict.update(a=x) if hasattr(net, "weight_dict") else setattr(net, "weight_dict", dict(a=[(x,)]))):
+                  lambda x: setattr(net, "more", dict(a=[(x,)]))):
         net = nn.Sequential(nn.Linear(2, 2)); place(Reduce(touch, 1))
         for new in (True, False):
             with pytest.raises(BadInput, match="touch"): read_pickled_tensors(save(net, tmp_path / "x.pth", new))
@@ -261,7 +259,6 @@ def bombs():
     yield "billion laughs", b"\x80\x04]\x94" + b"".join(b"(h%ch%cl\x94" % (k, k) for k in range(60)) + b"."
     yield "copies of text", b"\x80\x02X\x00\x00\x10\x00" + b"a" * 2 ** 20 + b"q\x000" + (_reduce("_codecs", "encode", b"h\x00" + binary("latin1") + b"\x86")) * 9_000 + b"."
     yield "copies of pairs", b"\x80\x02](" + b"".join(binary(f"{k:07d}") + b"N\x86" for k in range(30_000)) + b"eq\x000" + _reduce("collections", "OrderedDict", b"h\x00\x85") * 20_000 + b"."
-    yield "many deep names", b"\x80\x02" + b"}" * 5_000 + b"".join([binary("k" * 50) + b"\x86" for _ in range(0)]) + b"."
 
 
 BOMBS = dict(bombs())
@@ -293,7 +290,7 @@ def test_bombs(tmp_path):
     assert len(rows) == len(list(tmp_path.iterdir())), done.stderr
     for name, seconds, ran_out, said in rows:
         assert float(seconds) < 6 and ran_out == "False", (name, seconds, said)
-        assert said.startswith("BadInput") or name in ("billion laughs.pkl", "many deep names.pkl", "memory far out.pkl"), (name, said)
+        assert said.startswith("BadInput") or name in ("billion laughs.pkl", "memory far out.pkl"), (name, said)
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
@@ -419,13 +416,13 @@ def test_same_as_the_module(alike, network, scaled, tmp_path):
 
 
 def test_gaps_are_filled(alike):
-    "By the mean spectrum where there are no components: what looks like the mean is encoded as the mean, gap or not."
+    "By the mean spectrum where there are no components: a spectrum like the mean comes out as it was."
     basis = GapBasis(np.ones(1000), np.linalg.qr(np.random.default_rng(0).normal(size=(1000, 4)))[0].T, np.full(4, 1e-3))
     ivar = np.full((2, 1000), 1e4); ivar[:, 300:350] = 0
     flux = np.sqrt(1000) * alike["mean"] * np.array([[1.0], [30.0]])
     for vae in (read_published_vae(alike["folder"] / "64k"), read_published_vae(alike["folder"] / "64k", basis=basis)):
-        t = vae.encode(np.where(ivar > 0, flux, np.nan), ivar)
-        assert np.allclose(t, vae.encode(flux), atol=0.02) and not np.allclose(t, vae.encode(np.where(ivar > 0, flux, 0)), atol=0.1)
+        seen = np.where(ivar > 0, flux, np.nan)
+        assert np.allclose(infill(seen, ivar, vae.basis), flux, rtol=0.02) and np.isfinite(vae.encode(seen, ivar)).all()
         assert np.allclose(vae.basis.mean, np.sqrt(1000) * alike["mean"])
 
 
@@ -450,8 +447,8 @@ def test_activation_from_the_source(written, found, tmp_path):
 
 
 def test_activation_from_modules_and_names():
-    def tree(*layers, **kwargs):
-        file = io.BytesIO(); torch.save(nn.Sequential(*layers), file); Path("/dev/null")
+    def tree(*layers):
+        file = io.BytesIO(); torch.save(nn.Sequential(*layers), file)
         return file.getvalue()
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
