@@ -12,7 +12,8 @@ from hypothesis import given, settings, strategies as st
 
 from spectranb.core import REST_LOGLAM, REST_WAVELENGTH, BadInput
 from spectranb.data.spectra import fit_gap_basis
-from spectranb.vae import InfoVAE, SpectrumVAE, TrainingSet, check_spectra, info_vae_loss, kl_divergence, latent_pca, mmd, pixel_weights, reduced_chi2, start_from_pca, train_vae
+import spectranb.vae as vae_module
+from spectranb.vae import InfoVAE, SpectrumVAE, TrainingSet, calibrate_posterior, latent_scatter, check_spectra, info_vae_loss, kl_divergence, latent_pca, mmd, pixel_weights, reduced_chi2, start_from_pca, train_vae
 
 QUICK = dict(hidden=(64, 16), epochs=8, progress=False)
 
@@ -402,3 +403,70 @@ def test_plain_autoencoder_reconstructs_and_has_no_posterior(data, tmp_path):
 
 def test_bad_argument_of_encode(vae, data):
     with pytest.raises(BadInput, match="'raise' or 'nan'"): vae.encode(data[0][:2], data[1][:2], bad="skip")
+
+
+# gaps filled by the coder, and the posterior's calibration ---------------------------------------------------------------
+
+def test_prepare_touches_nothing_that_has_data(vae, data):
+    flux, ivar = data[0][:80], data[1][:80]
+    x, scaled = vae.prepare(flux, ivar)
+    assert np.allclose((x ** 2).mean(1), 1, atol=1e-5) and ((scaled > 0) == (ivar > 0)).all()
+    assert np.allclose((x * np.sqrt(scaled))[ivar > 0], (flux * np.sqrt(ivar))[ivar > 0], atol=1e-3)
+
+
+def test_refilling_a_linear_coder_ends_at_least_squares(monkeypatch):
+    rng = np.random.default_rng(0)
+    L = np.linalg.qr(rng.normal(size=(60, 4)))[0].T                  # encoder L, decoder Lᵀ: a projection
+    net = InfoVAE(60, (5,), 4)
+    for half in (net.encoder, net.decoder): torch.nn.init.zeros_(half[-1].weight); torch.nn.init.zeros_(half[-1].bias)
+    net.linear_in.weight.data, net.linear_out.weight.data = torch.tensor(L, dtype=torch.float32), torch.tensor(L.T, dtype=torch.float32)
+    net.linear_in.bias.data.zero_(); net.linear_out.bias.data.zero_()
+    x = (rng.normal(size=(7, 4)) @ L + 0.01 * rng.normal(size=(7, 60))).astype(np.float32)
+    good = np.ones(x.shape, bool); good[:, 20:32] = False
+    monkeypatch.setattr(vae_module, "REFILLS", 300)
+    filled, divided = vae_module._refill(net, np.where(good, x, 5), good, np.zeros(60))
+    for f, d, y in zip(filled, divided, x):
+        best = np.linalg.lstsq(L[:, good[0]].T, y[good[0]], rcond=None)[0] @ L
+        assert np.allclose((f * d)[good[0]], y[good[0]], rtol=1e-3, atol=1e-4) and np.allclose((f * d)[~good[0]], best[~good[0]], atol=2e-3)
+    assert np.allclose((filled ** 2).mean(1), 1, atol=1e-5)
+
+
+@pytest.fixture
+def linear(data):
+    "A coder that is a linear map, so that errors can be propagated by hand."
+    vae = SpectrumVAE.fit(*data[:2], **QUICK | dict(epochs=1, lr=1e-12))
+    for layer in (vae.net.encoder[-1], vae.net.decoder[-1]): torch.nn.init.zeros_(layer.weight); torch.nn.init.zeros_(layer.bias)
+    vae.net.encoder[-1].bias.data[6:] = -6.0
+    return vae
+
+
+def test_scatter_of_a_linear_coder_is_propagated_noise(linear, data):
+    clean, ivar = data[2][:3], np.full((3, 1000), 1e6)               # σ 0.001: the norm hardly moves
+    scatter, own = latent_scatter(linear, clean, ivar, n_draws=3000)
+    A = linear.whiten @ linear.net.linear_in.weight.detach().double().numpy()
+    for i in range(3):
+        x = linear.prepare(clean, ivar)[0][i].astype(float)
+        J = A @ (np.eye(1000) - np.outer(x, x) / 1000)               # the norm is divided out
+        expected = J @ J.T / 1e6
+        assert np.allclose(np.sqrt(np.diag(scatter[i])), np.sqrt(np.diag(expected)), rtol=0.06)
+    assert np.allclose(own, linear.whiten @ linear.whiten.T * np.exp(-6.0), rtol=1e-4)
+
+
+def test_factors_and_smooth_errors_enter_the_posterior(linear, data, tmp_path):
+    clean, ivar = data[2][:12], np.full((12, 1000), 1e6)
+    tilt = np.linspace(-1, 1, 1000)
+    table = calibrate_posterior(linear, clean, ivar, lambda rng, i: 1 + 0.01 * rng.standard_normal() * tilt, n_draws=400)
+    raw, scaled = (np.sqrt(np.diagonal(linear.posterior(clean, ivar, calibrated=c)[1], axis1=1, axis2=2)) for c in (False, True))
+    assert np.allclose(scaled / raw, table.factor) and np.allclose(np.median(scaled, 0), table["σ of noise"], rtol=0.15)
+    A = linear.whiten @ linear.net.linear_in.weight.detach().double().numpy()
+    x = linear.prepare(clean, ivar)[0].astype(float)
+    step = np.array([A @ (0.01 * tilt * f - f * np.mean(0.01 * tilt * f * f)) for f in x])
+    assert np.allclose(table["σ of calibration"], np.sqrt((step ** 2).mean(0)), rtol=0.1)
+    both = linear.posterior(clean, ivar, smooth=True)[1]
+    assert np.allclose(both - linear.posterior(clean, ivar)[1], np.array(linear.info["posterior"]["smooth"]))
+    linear.save(tmp_path)
+    assert np.allclose(SpectrumVAE.load(tmp_path).posterior(clean, ivar, smooth=True)[1], both)
+
+
+def test_smooth_errors_that_were_not_measured(vae, data):
+    with pytest.raises(BadInput, match="not measured"): vae.posterior(data[0][:2], data[1][:2], smooth=True)
