@@ -105,7 +105,8 @@ def _read_rows(path):               # trials in order, and how many bytes of the
     for i, line in enumerate(whole.split(b"\n")[:-1]):
         try: row = json.loads(line); good = row.pop("checksum") == _checksum(row) and row["number"] == i
         except (ValueError, KeyError, AttributeError, TypeError): good = False
-        if not good: raise BadInput(f"{path}, line {i + 1}", "is damaged, and the trials after it were proposed with its help", "Delete it and all lines after it; the search repeats those trials.")
+        if not good: raise BadInput(f"{path}, line {i + 1}", "is damaged, and the trials after it were proposed with its help",
+                                     "Delete it and all lines after it; the search repeats those trials.")
         rows.append(row)
     return rows, len(whole)
 
@@ -146,7 +147,8 @@ def _read_settings(out):
     try: settings = json.loads(path.read_text())
     except FileNotFoundError: raise BadInput(out, "holds no search: search.json is missing", "Name the folder given to `search_vae`.") from None
     except (ValueError, OSError) as e: raise BadInput(path, f"cannot be read ({e})", "Restore it, or start a new search in another folder.") from None
-    if not isinstance(settings, dict) or settings.get("format") != SEARCH_FORMAT: raise BadInput(path, f"does not describe a '{SEARCH_FORMAT}'", "Name the folder given to `search_vae`.")
+    if not isinstance(settings, dict) or settings.get("format") != SEARCH_FORMAT:
+        raise BadInput(path, f"does not describe a '{SEARCH_FORMAT}'", "Name the folder given to `search_vae`.")
     return settings
 
 # %% ../nbs/06c_search.ipynb #08a13b82
@@ -270,7 +272,8 @@ def search_vae(
     with _locked(out):
         if not isinstance(data, TrainingSet): data = TrainingSet.make(*data, n_components=max(10, space.n_latent[1]), progress=progress)
         if linear and space.n_latent[1] > (k := len(data.basis.components)):
-            raise BadInput("SearchSpace.n_latent", f"goes to {space.n_latent[1]}, and the basis of the spectra has {k} components", "Make the `TrainingSet` with more `n_components`.")
+            raise BadInput("SearchSpace.n_latent", f"goes to {space.n_latent[1]}, and the basis of the spectra has {k} components",
+                           "Make the `TrainingSet` with more `n_components`.")
         split = _held_back(data, n_train, valid, seed)
         settings = dict(format=SEARCH_FORMAT, space=asdict(space), seed=seed, epochs=epochs, n_train=n_train, valid=valid, mmd_cost=mmd_cost, sampler=sampler,
                         batch_size=batch_size, activation=activation, linear=linear, data=_fingerprint(data))
@@ -290,7 +293,8 @@ def best_trial(
         first = trials.reason[trials.reason != ""].head(1).tolist() if len(trials) else []
         raise BadInput("search", "no trial was finished" + (f"; the first failed because: {first[0]}" if first else ""), "Search on, or change the space.")
     if max_mmd is None: return done.loc[done.score.idxmin()]
-    if not (good := done[done.mmd <= max_mmd]).size: raise BadInput("max_mmd", f"no finished trial has an MMD² up to {max_mmd:g}; the lowest is {done.mmd.min():.2g}", "Raise it, or search at higher λ.")
+    if not (good := done[done.mmd <= max_mmd]).size:
+        raise BadInput("max_mmd", f"no finished trial has an MMD² up to {max_mmd:g}; the lowest is {done.mmd.min():.2g}", "Raise it, or search at higher λ.")
     return good.loc[good.reconstruction.idxmin()]
 
 # %% ../nbs/06c_search.ipynb #9e9aaf32

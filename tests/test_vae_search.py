@@ -159,6 +159,13 @@ def test_measures_by_hand(data):
     assert seen == measure_vae(net, x, w, lam=7.0) and seen["mmd"] != measure_vae(net, x, w, lam=7.0, seed=1)["mmd"]
 
 
+def test_no_spectrum_stands_on_both_sides(data):
+    train, x, weight = vae_search._held_back(data, 250, 0.2, seed=3)
+    rows = torch.cat([train.x, x])
+    assert len(train) == 200 and len(x) == len(weight) == 50 and len(torch.unique(rows, dim=0)) == 250
+    assert not torch.equal(x, vae_search._held_back(data, 250, 0.2, seed=4)[1])
+
+
 def test_failures_are_noted_and_the_search_goes_on(data, tmp_path):
     wild = SearchSpace(hidden=(8, 16), n_latent=(2, 4), lr=(1e-3, 1e2))
     t = search_vae(data, tmp_path / "wild", n_trials=6, **QUICK | dict(space=wild))
