@@ -145,6 +145,24 @@ def test_a_pickled_template_file_is_not_executed(tmp_path):
     with pytest.raises(BadInput, match="evil"): load_templates(str(path))
 
 
+def test_stellar_lines_stand_at_vacuum_wavelengths(templates):
+    "Against the air wavelengths of the MILES library, 83 km/s off, a third of a bin: Ca K of old stars, Balmer lines of A stars."
+    lam, ssp = mock.SED_WAVELENGTH, templates.ssp.reshape(7, 51, -1)
+    for vacuum, air, age in ((3934.78, 3933.66, 9e9), (4862.69, 4861.33, 3e8), (4341.69, 4340.47, 3e8)):
+        k = np.abs(lam - vacuum) < 18
+        for z in (3, 4, 5):
+            f = ssp[z, np.searchsorted(mock.AGE, age)][k]
+            depth = np.maximum(1 - f / np.interp(lam[k], lam[k][[0, -1]], f[[0, -1]]), 0)
+            centre = (depth * lam[k]).sum() / depth.sum()
+            assert abs(centre - vacuum) < abs(centre - air)
+
+
+def test_a_template_file_with_air_wavelengths_is_refused(templates, tmp_path):
+    with np.load(templates.path) as f: arrays = {k: f[k] for k in f.files if k != "vacuum"}
+    np.savez(tmp_path / "v1.npz", **arrays)
+    with pytest.raises(BadInput, match="in air"): load_templates(str(tmp_path / "v1.npz"))
+
+
 def test_bagpipes_is_never_imported(templates):
     code = "import sys, spectranb.data.mock as m; m.simulate_spectra(1, n_workers=1); assert 'bagpipes' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

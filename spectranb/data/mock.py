@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['N_BLUE', 'N_RED', 'SED_LOGLAM', 'SED_WAVELENGTH', 'SED_DLAM', 'REST', 'AGE_EDGES', 'AGE', 'TEMPLATE_Z', 'GRID_FILES',
-           'TEMPLATE_FILE', 'OLD_STARS_LAM', 'OLD_STARS_FACTOR', 'C_KMS', 'FLUX_PER_LSUN', 'COSMOLOGY', 'ALL_FILTERS',
-           'MW_LAM', 'MW_A_EBV', 'LINES', 'LINE_NAMES', 'LINE_LAM', 'BALMER', 'LINE_INDEX', 'MOCK', 'COMPONENTS',
-           'VOLUME_SCALE', 'SOFTENING', 'FIBRE_HALF', 'NOISE_LAM', 'NOISE_K', 'SKY', 'OBSERVED', 'OH_LINES',
-           'OH_STRENGTH', 'PSF_FWHM', 'DEPTH', 'NOISE_PAIR', 'SKY_EQUAL', 'N_PSF', 'STAR_COLOURS', 'LINES_KEPT',
-           'find_grids', 'rebin_density', 'mean_over_age_bins', 'reduce_templates', 'old_star_factor', 'load_templates',
-           'filter_curves', 'filter_weights', 'luminosity_distance', 'screen', 'milky_way', 'line_ratios', 'draw_lines',
-           'draw_mass', 'draw_kind', 'draw_sfr', 'delayed_tau', 'star_formation_history', 'metal_weights', 'gas_state',
-           'nuclear_state', 'draw_dust', 'draw_structure', 'component_masses', 'component_light', 'add_nucleus',
-           'visible_volume', 'line_density', 'draw_galaxy', 'sersic_norm', 'smooth_maps', 'knot_positions',
-           'add_points', 'component_maps', 'moffat', 'fibre_aperture', 'noise_sigma', 'broaden', 'fibre_spectrum',
-           'calibration_error', 'observe_spectrum', 'pixel_noise', 'correlated_noise', 'psf_library',
-           'neighbour_stamps', 'add_neighbours', 'mag_to_flux', 'render_cutout', 'component_photometry',
+           'AIR_FROM', 'TEMPLATE_FILE', 'OLD_STARS_LAM', 'OLD_STARS_FACTOR', 'C_KMS', 'FLUX_PER_LSUN', 'COSMOLOGY',
+           'ALL_FILTERS', 'MW_LAM', 'MW_A_EBV', 'LINES', 'LINE_NAMES', 'LINE_LAM', 'BALMER', 'LINE_INDEX', 'MOCK',
+           'COMPONENTS', 'VOLUME_SCALE', 'SOFTENING', 'FIBRE_HALF', 'NOISE_LAM', 'NOISE_K', 'SKY', 'OBSERVED',
+           'OH_LINES', 'OH_STRENGTH', 'PSF_FWHM', 'DEPTH', 'NOISE_PAIR', 'SKY_EQUAL', 'N_PSF', 'STAR_COLOURS',
+           'LINES_KEPT', 'find_grids', 'rebin_density', 'mean_over_age_bins', 'reduce_templates', 'old_star_factor',
+           'load_templates', 'filter_curves', 'filter_weights', 'luminosity_distance', 'screen', 'milky_way',
+           'line_ratios', 'draw_lines', 'draw_mass', 'draw_kind', 'draw_sfr', 'delayed_tau', 'star_formation_history',
+           'metal_weights', 'gas_state', 'nuclear_state', 'draw_dust', 'draw_structure', 'component_masses',
+           'component_light', 'add_nucleus', 'visible_volume', 'line_density', 'draw_galaxy', 'sersic_norm',
+           'smooth_maps', 'knot_positions', 'add_points', 'component_maps', 'moffat', 'fibre_aperture', 'noise_sigma',
+           'broaden', 'fibre_spectrum', 'calibration_error', 'observe_spectrum', 'pixel_noise', 'correlated_noise',
+           'psf_library', 'neighbour_stamps', 'add_neighbours', 'mag_to_flux', 'render_cutout', 'component_photometry',
            'simulate_object', 'simulate_survey', 'simulate_spectra']
 
 # %% ../../nbs/05_data.mock.ipynb #998c51c9
@@ -32,7 +32,7 @@ from scipy import fft as sp_fft
 from scipy.special import erf, gammaincinv, gamma as gamma_function, i0, kv
 from threadpoolctl import threadpool_limits
 
-from ..core import (BANDS, DLOGLAM, LOGLAM0, N_WAVE, PIXEL_SCALE, REST_WAVELENGTH, BadInput, atomic_write,
+from ..core import (air_to_vac, BANDS, DLOGLAM, LOGLAM0, N_WAVE, PIXEL_SCALE, REST_WAVELENGTH, BadInput, atomic_write,
                             cache_dir, nanomaggies_to_mag, real_dir, run_jobs)
 from .survey import Survey, SurveyWriter
 
@@ -89,9 +89,12 @@ def mean_over_age_bins(
     return np.mean((1 - f) * grid[right - 1] + f * grid[right], axis=1)
 
 # %% ../../nbs/05_data.mock.ipynb #fba70714
+AIR_FROM = 2000.0                                                    # Å, where the wavelengths of the stellar grid begin to be in air
+
 def _reduce_stars(path):            # stellar grid → (7, 51, 1868) L_sun/Å per M_sun formed, (7, 51) living mass fraction
     with fits.open(path) as h:
         lam, age, live = (np.asarray(h[k].data, float) for k in (-1, -2, -3))
+        lam = np.where(lam > AIR_FROM, air_to_vac(np.maximum(lam, AIR_FROM)), lam)
         ssp = [mean_over_age_bins(age, rebin_density(lam, np.asarray(h[1 + k].data, float))) for k in range(len(TEMPLATE_Z))]
     return np.array(ssp), mean_over_age_bins(age, live[:, 1:]).T
 
@@ -119,10 +122,10 @@ def reduce_templates(
     with atomic_write(path) as tmp:
         with open(tmp, "wb") as f:
             np.savez(f, ssp=ssp.astype("f4"), live=live.astype("f4"), h_beta=h_beta.astype("f4"),
-                     nebular=nebular[:, AGE < 3e7].astype("f4"), sed_loglam=SED_LOGLAM, age_edges=AGE_EDGES)
+                     nebular=nebular[:, AGE < 3e7].astype("f4"), sed_loglam=SED_LOGLAM, age_edges=AGE_EDGES, vacuum=True)
     return path
 
-TEMPLATE_FILE = "templates-bc03-miles-v1.npz"
+TEMPLATE_FILE = "templates-bc03-miles-v2.npz"                        # v1 had stellar wavelengths in air
 
 # %% ../../nbs/05_data.mock.ipynb #7d1d40e1
 OLD_STARS_LAM = np.array([3000., 3300, 4250, 5600, 6800, 8100, 9500])
@@ -147,10 +150,10 @@ def load_templates(
         if not path.exists(): reduce_templates(path)
     try:
         with np.load(path, allow_pickle=False) as f: t = {k: f[k] for k in f.files}
-        same = np.allclose(t["sed_loglam"], SED_LOGLAM) and np.allclose(t["age_edges"], AGE_EDGES)
+        same = np.allclose(t["sed_loglam"], SED_LOGLAM) and np.allclose(t["age_edges"], AGE_EDGES) and "vacuum" in t
     except FileNotFoundError: raise BadInput(path, "does not exist", "Make it with `spectranb simulate --make-templates FILE`.")
     except Exception as e: raise BadInput(path, f"is not a template file ({e})", "Make it with `spectranb simulate --make-templates FILE`.")
-    if not same: raise BadInput(path, "was made for another wavelength or age grid", "Delete it and make it again.")
+    if not same: raise BadInput(path, "was made for another wavelength or age grid, or with wavelengths in air", "Delete it and make it again.")
     nebular = np.zeros_like(t["ssp"]); nebular[:, AGE < 3e7] = t["nebular"]
     t["ssp"] = t["ssp"] * old_star_factor().astype("f4")
     flat = lambda a: np.ascontiguousarray(a.reshape(-1, a.shape[-1]))
