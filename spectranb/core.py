@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOGLAM0', 'DLOGLAM', 'N_WAVE', 'REST_LOGLAM', 'REST_WAVELENGTH', 'REST_EDGES', 'BANDS', 'BAND_WAVELENGTH',
-           'PIXEL_SCALE', 'CUTOUT_SIZE', 'nanomaggies_to_mag', 'mag_to_nanomaggies', 'vac_to_air', 'air_to_vac',
-           'BadInput', 'atomic_write', 'write_json', 'run_jobs', 'cache_dir', 'real_dir']
+           'PIXEL_SCALE', 'CUTOUT_SIZE', 'WARNING_FILTERS', 'nanomaggies_to_mag', 'mag_to_nanomaggies', 'vac_to_air',
+           'air_to_vac', 'BadInput', 'atomic_write', 'write_json', 'run_jobs', 'cache_dir', 'real_dir']
 
 # %% ../nbs/00_core.ipynb #1ff274fc
-import json, multiprocessing, os, sys, tempfile
+import json, multiprocessing, os, sys, tempfile, threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +125,9 @@ def run_jobs(
                 for f in futures: yield f.result(), bar
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True); raise
+
+# %% ../nbs/00_core.ipynb #f11te2s1
+WARNING_FILTERS = threading.RLock()                                  # held by the thread that changes the warning filters
 
 # %% ../nbs/00_core.ipynb #7531d5c4
 def cache_dir(

@@ -30,7 +30,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from fastcore.basics import patch
 
-from .core import BANDS, DLOGLAM, LOGLAM0, PIXEL_SCALE, REST_LOGLAM, BadInput, nanomaggies_to_mag, real_dir
+from .core import BANDS, DLOGLAM, LOGLAM0, PIXEL_SCALE, REST_LOGLAM, WARNING_FILTERS, BadInput, nanomaggies_to_mag, real_dir
 
 # %% ../nbs/00b_standin.ipynb #0336d221
 SKYCELL = 6240, 6243                                                 # pixels, x and y, of a sky cell
@@ -472,7 +472,7 @@ def _real_cutout(self:Sky, name, ra, dec, size):
     "One of the real cutouts, whole or cut or padded; None where there is none."
     if not (path := self.real.get(name.rsplit("/", 1)[-1])): return None
     with fits.open(path) as hdus: data, header = hdus[0].data, hdus[0].header
-    with warnings.catch_warnings():
+    with WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # the old form of the header's matrix
         place = WCS(header).all_world2pix(ra, dec, 0)
     x, y = (n // 2 if abs(v - n // 2) < 1 else int(np.floor(v + 0.5)) for v, n in zip(place, data.shape[::-1]))

@@ -513,3 +513,16 @@ def test_files_that_are_no_npz(tmp_path):
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(BadInput, match="not a readable"): read_npz(file)
     assert not sprung
+
+
+def test_checks_in_threads_leave_the_warning_filters_alone():
+    import warnings
+    from concurrent.futures import ThreadPoolExecutor
+    from spectranb.data.spectra import check_spectrum_file
+    body = b"SIMPLE  =                    T" + b" " * 2850
+    def check(i):
+        try: check_spectrum_file(body, "spec")
+        except BadInput: return True
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool: assert all(pool.map(check, range(300)))
+    assert list(warnings.filters) == before

@@ -9,7 +9,7 @@ __all__ = ['SAME_POSITION', 'NO_COVERAGE', 'RGB_CHOICES', 'RGB_WEIGHTS', 'calibr
            'check_ps1_file', 'cutout_path', 'cutout_requests', 'lupton_rgb', 'show_cutouts']
 
 # %% ../../nbs/02_data.cutouts.ipynb #be84a659
-import copy, hashlib, re, threading, warnings
+import copy, hashlib, re, warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from html import unescape
@@ -24,7 +24,7 @@ from astropy.wcs import WCS, FITSFixedWarning
 from astropy.wcs.utils import proj_plane_pixel_scales
 from scipy.spatial import cKDTree
 
-from ..core import BANDS, CUTOUT_SIZE, PIXEL_SCALE, BadInput, nanomaggies_to_mag, real_dir
+from ..core import BANDS, CUTOUT_SIZE, PIXEL_SCALE, WARNING_FILTERS, BadInput, nanomaggies_to_mag, real_dir
 from .catalog import check_catalog, rejects_table
 from ..download import Archives, Request
 
@@ -134,8 +134,6 @@ def _read_plain(body):
     except (ValueError, KeyError, TypeError, fits.VerifyError): return None      # no END, no size, too short, damaged cards
 
 # %% ../../nbs/02_data.cutouts.ipynb #0f70eb1e
-_FILTERS = threading.Lock()                                          # held by the thread that changes the warning filters
-
 def read_fits_image(
     path,                           # a path, or the bytes of a file
     all_cards:bool=False,           # the whole header rather than the cards that matter in a PS1 cutout
@@ -144,7 +142,7 @@ def read_fits_image(
     try:
         body = path if isinstance(path, bytes) else Path(path).read_bytes()
         if not all_cards and (plain := _read_plain(body)): return plain
-        with _FILTERS, warnings.catch_warnings():
+        with WARNING_FILTERS, warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*truncated.*")
             with fits.open(BytesIO(body), memmap=False) as hdus:
                 images = [(np.asarray(h.data), h.header) for h in hdus if h.is_image and h.header.get("NAXIS", 0) > 0]
@@ -182,7 +180,7 @@ def header_wcs(
     header,                         # FITS header
 ):                                  # `WCS`, None if the header has no celestial coordinates
     "The world coordinate system that a header describes."
-    with _FILTERS, warnings.catch_warnings():
+    with WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", FITSFixedWarning)
         try: wcs = WCS(_new_names(header))
         except Exception: return None

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from astropy.io import fits
 
-from ..core import N_WAVE, REST_EDGES, REST_LOGLAM, REST_WAVELENGTH, BadInput, real_dir
+from ..core import N_WAVE, REST_EDGES, REST_LOGLAM, REST_WAVELENGTH, WARNING_FILTERS, BadInput, real_dir
 from .catalog import rejects_table, specobjid_decode, specobjid_encode
 from ..download import Archives, Request
 
@@ -120,7 +120,7 @@ def read_sdss_spectrum(
     source = BytesIO(path) if isinstance(path, (bytes, bytearray)) else Path(path)
     path = "spectrum" if isinstance(source, BytesIO) else source
     try:
-        with warnings.catch_warnings():
+        with WARNING_FILTERS, warnings.catch_warnings():
             warnings.simplefilter("error", fits.verify.VerifyWarning)        # no half-read tables
             warnings.filterwarnings("error", message=".*truncated.*")
             with fits.open(source, memmap=False) as hdus: return _parse_spectrum(hdus, name or Path(path).name)
@@ -225,7 +225,7 @@ def _whole_fits(body, name, min_hdus=4):
         raise BadInput(name, f"the answer is an HTML page{said}, not a FITS file", again)
     if not start.startswith(b"SIMPLE  ="): raise BadInput(name, f"the answer is not a FITS file (it begins {start[:20]!r})", again)
     try:
-        with warnings.catch_warnings():
+        with WARNING_FILTERS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with fits.open(BytesIO(body), memmap=False) as hdus: n, end = len(hdus), hdus[-1].fileinfo()
     except Exception as e: raise BadInput(name, f"is a damaged FITS file ({type(e).__name__})", again) from None
