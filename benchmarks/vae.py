@@ -4,7 +4,7 @@
 
 The other side is the loop as it is published, written anew from its description: a `DataLoader` that fetches one spectrum
 at a time, batches of 64, the encoder run twice a step (once for the reconstruction, once for the sample that the MMD
-sees), ReLU layers 1000-549-110-10, Adam 1e-3 with the plateau schedule. Epochs of the two take turns. For the second
+sees), leaky ReLU layers 1000-549-110-10, Adam 1e-3 with the plateau schedule. Epochs of the two take turns. For the second
 comparison each is trained from its start and its validation loss (the same function for both, on the same spectra held
 back; its time is not counted) is followed: the published loop until it stops by itself, ours until it reaches that loss.
 
@@ -39,7 +39,7 @@ def spectra(n, path):
 
 def published_network(seed=0):
     torch.manual_seed(seed)
-    return InfoVAE(activation="relu", linear=False)
+    return InfoVAE(activation="leaky_relu", linear=False)
 
 
 def our_network(data, seed=0):

@@ -365,7 +365,6 @@ def read_npy(
     except Exception as e: raise _damaged(path, ".npy file of numbers", e) from None
 
 # %% ../nbs/06d_published.ipynb #4ee1aaee
-ACTIVATIONS.setdefault("leaky_relu", nn.LeakyReLU)
 MAX_LAYERS = 40
 PUBLISHED_LAYERS = ("encd", "enc2", "mu", "lv", "decd", "dec2", "outp")   # Portillo et al. (2020), in their order
 _FUNCTIONAL = r"\b(?:F|functional|torch|nn)\.(relu|leaky_relu|silu|gelu|tanh|sigmoid|elu|selu|celu|softplus|mish|hardtanh|rrelu|prelu)\b"

@@ -67,7 +67,7 @@ def info_vae_loss(
     return reconstruction + (1 - alpha) * kl + factor * z.shape[1] * gap, torch.stack([reconstruction, kl, gap]).detach()
 
 # %% ../nbs/06_vae.ipynb #0add797c
-ACTIVATIONS = dict(relu=nn.ReLU, silu=nn.SiLU, gelu=nn.GELU, tanh=nn.Tanh)
+ACTIVATIONS = dict(relu=nn.ReLU, leaky_relu=nn.LeakyReLU, silu=nn.SiLU, gelu=nn.GELU, tanh=nn.Tanh)
 
 def _layers(sizes, activation):
     pairs = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), ACTIVATIONS[activation]())]
