@@ -46,9 +46,10 @@ def mmd(
     x, y,                           # (n, d) and (m, d) samples
 ):                                  # scalar tensor
     "Unbiased estimate of MMD² with the kernel `exp(-mean((x - y)²))`."
-    kernel = lambda a, b: torch.exp(-torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist") ** 2 / a.shape[1])
-    among = lambda a: (kernel(a, a).sum() - len(a)) / (len(a) * (len(a) - 1))
-    return among(x) + among(y) - 2 * kernel(x, y).mean()
+    n, m, squares = len(x), len(y), (x.square().sum(1), y.square().sum(1))
+    kernel = lambda a, b, sa, sb: torch.exp((torch.addmm(sb, a, b.T, beta=-1, alpha=2) - sa[:, None]) / x.shape[1])
+    xx, yy, xy = kernel(x, x, squares[0], squares[0]), kernel(y, y, squares[1], squares[1]), kernel(x, y, *squares)
+    return (xx.sum() - n) / (n * (n - 1)) + (yy.sum() - m) / (m * (m - 1)) - 2 * xy.mean()
 
 # %% ../nbs/06_vae.ipynb #0607e092
 N_PRIOR = 200                                                        # samples of the prior that the latents of a batch are compared with
@@ -60,11 +61,13 @@ def info_vae_loss(
     generator=None,                 # torch.Generator of the prior's samples
 ):                                  # scalar loss per spectrum; (3,) reconstruction, KL and MMD
     "Loss of Zhao et al. (2019), eq. 6, as Portillo et al. (2020) weight it; a mean over the batch."
-    reconstruction = (weight * (x - decoded) ** 2).sum(1).mean() / 2
+    difference = x - decoded
+    reconstruction = (weight * difference * difference).sum() / (2 * len(x))
     kl, factor = kl_divergence(mu, logvar).mean(), lam + alpha - 1
     off = torch.zeros((), device=x.device)
     gap = mmd(z, torch.randn(N_PRIOR, z.shape[1], generator=generator, device=z.device)) if len(z) > 1 and (factor or not torch.is_grad_enabled()) else off
-    return reconstruction + (1 - alpha) * kl + factor * z.shape[1] * gap, torch.stack([reconstruction, kl, gap]).detach()
+    loss = reconstruction + (1 - alpha) * kl + factor * z.shape[1] * gap
+    return loss, torch.stack([reconstruction.detach(), kl.detach(), gap.detach()])
 
 # %% ../nbs/06_vae.ipynb #0add797c
 ACTIVATIONS = dict(relu=nn.ReLU, leaky_relu=nn.LeakyReLU, silu=nn.SiLU, gelu=nn.GELU, tanh=nn.Tanh)
@@ -118,16 +121,17 @@ def start_from_pca(
 # %% ../nbs/06_vae.ipynb #fc321acf
 def _epoch(net, x, weight, index, batch_size, step, generator, **kind):
     "One pass; `step(loss)` updates the network, or is None. Returns mean reconstruction, KL and MMD, and mean loss."
-    sums, total = 0.0, 0
+    parts, sizes = [], []
     for i in range(0, len(index), batch_size):
         rows = index[i:i + batch_size]
         if step and len(rows) < min(batch_size, len(index)): break   # the odd rest: next epoch's order brings them in
         some = x[rows]
         decoded, mu, logvar, z = net(some, generator)
-        loss, parts = info_vae_loss(some, decoded, weight[rows], mu, logvar, z, generator=generator, **kind)
+        loss, part = info_vae_loss(some, decoded, weight[rows], mu, logvar, z, generator=generator, **kind)
         if step: step(loss)
-        sums, total = sums + torch.cat([parts, loss.detach()[None]]) * len(rows), total + len(rows)
-    return (sums / total).tolist()
+        parts += [part, loss.detach()[None]]; sizes.append(len(rows))
+    sizes = torch.tensor(sizes, dtype=torch.float64)
+    return (torch.cat(parts).double().cpu().view(-1, 4) * sizes[:, None] / sizes.sum()).sum(0).tolist()
 
 # %% ../nbs/06_vae.ipynb #c8a1cbf5
 class _Schedule:
