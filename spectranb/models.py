@@ -18,6 +18,7 @@ __all__ = ['STEM_POOLS', 'POOLS', 'ARCHITECTURES', 'mish_formula', 'flat_views',
 # (arXiv:1805.08318) in the simple form of fastai.
 import math
 import re
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from .core import BadInput
-from .deconv import FastDeconv, check_images, whitening
+from .deconv import FastDeconv, check_finite, check_images, whitening
 
 # %% ../nbs/08_models.ipynb #9c00e05c
 def mish_formula(
@@ -34,9 +35,9 @@ def mish_formula(
 ):                                  # like x
     "Mish with one exponential, computed in at least float32."
     v = x.to(torch.promote_types(x.dtype, torch.float32))
-    e = v.clamp(max=20).exp()                                             # beyond 20, mish(x) = x to 17 digits
-    n = e * (e + 2)
-    return (v * (n / (n + 2))).to(x.dtype)
+    s = v.sigmoid()
+    w = s * (2 - s)
+    return (v * (w / (2 - w))).to(x.dtype)
 
 def flat_views(*tensors):
     "The numbers of dense tensors, all in the same order of memory, one dimension each."
@@ -51,15 +52,17 @@ def mish_and_slope(
     "Mish and its derivative with one exponential, piece by piece."
     out = [torch.empty_like(x) for _ in range(1 + slope)]
     piece = min(x.numel(), piece * torch.get_num_threads())
-    scratch = torch.empty(4, piece, dtype=torch.promote_types(x.dtype, torch.float32))
+    scratch = torch.empty(5, piece, dtype=torch.promote_types(x.dtype, torch.float32))
+    one, two = scratch.new_tensor([1, 2])
     for xi, yi, *si in zip(*[t.split(piece) for t in flat_views(x, *out)]):
-        v, e, n, q = scratch[:, :len(xi)]
-        torch.clamp(v.copy_(xi), max=20, out=e).exp_()
-        torch.addcmul(e, e, e, value=0.5, out=n)                          # n / 2
-        torch.add(n, 1, out=q).reciprocal_()                              # 2 / (n + 2)
-        n.mul_(q)                                                         # tanh(ln(1 + e^x))
-        torch.mul(v, n, out=yi) if yi.dtype == v.dtype else yi.copy_(torch.mul(v, n, out=n if not si else None))
-        if si: si[0].copy_(torch.addcmul(e, e, e, out=e).mul_(q).mul_(q).mul_(v).add_(n))
+        v, s, u, w, r = scratch[:, :len(xi)]
+        torch.sigmoid(v.copy_(xi), out=s)
+        torch.sub(one, s, out=u)
+        torch.addcmul(s, s, u, out=w)                                     # s (2 - s)
+        torch.sub(two, w, out=r).reciprocal_()                            # 1 / (2 - w)
+        w.mul_(r)                                                         # tanh(ln(1 + e^x))
+        if si: si[0].copy_(torch.addcmul(w, v, u.mul_(r).square_().mul_(s), value=4, out=u))
+        yi.copy_(v.mul_(w))
     return (*out, None)[:2]
 
 # %% ../nbs/08_models.ipynb #5505175d
@@ -129,9 +132,10 @@ def deconv_layer(
     ks:int=3, stride:int=1, groups:int=1,
     act_cls=None,                   # activation class; None for none
     zero:bool=False,                # accepted for `batchnorm_layer`'s sake; there is no gain to set to 0
+    **kwargs,                       # to `FastDeconv`: `average`, `n_iter`, `sampling_stride` …
 ):                                  # `nn.Sequential`: FastDeconv, activation
     "Network deconvolution and convolution in one → activation."
-    layer = FastDeconv(ni, nf, ks, stride, ks // 2, groups=groups)
+    layer = FastDeconv(ni, nf, ks, stride, ks // 2, groups=groups, **kwargs)
     if act_cls: nn.init.kaiming_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return nn.Sequential(layer, *([act_cls()] if act_cls else []))
@@ -211,11 +215,12 @@ def layer_kinds(
     n_deconv,                       # None, or the number of layers, from the first, that are deconvolved while the others have BatchNorm
     total:int,
     name:str,                       # of the argument, for the error
+    deconv=None,                    # dict of further arguments of the deconvolution layers
 ):                                  # list of `total` kinds of layer
     "The kind of each layer."
-    if n_deconv is None: return [kind] * total
-    if not 0 <= n_deconv <= total: raise BadInput("XResNet", f"{name}={n_deconv}, there are {total}", f"Choose 0 to {total}, or None.")
-    return [deconv_layer] * n_deconv + [batchnorm_layer] * (total - n_deconv)
+    if n_deconv is not None and not 0 <= n_deconv <= total: raise BadInput("XResNet", f"{name}={n_deconv}, there are {total}", f"Choose 0 to {total}, or None.")
+    kinds = [kind] * total if n_deconv is None else [deconv_layer] * n_deconv + [batchnorm_layer] * (total - n_deconv)
+    return [partial(k, **deconv) if deconv and k is deconv_layer else k for k in kinds]
 
 # %% ../nbs/08_models.ipynb #d7483c7a
 class BlurPool(nn.Module):
@@ -267,11 +272,7 @@ def check_batch(
     if x.dtype != weight.dtype and (double or not torch.is_autocast_enabled(x.device.type)):
         raise BadInput(name, f"{x.dtype} images, {weight.dtype} weights", f"Convert the images with `x.to({weight.dtype})`, or use autocast for half precision.")
     if x.device != weight.device: raise BadInput(name, f"images on {x.device}, weights on {weight.device}", f"Move the images with `x.to({str(weight.device)!r})`.")
-    if torch.compiler.is_compiling() or x.device.type != "cpu": return
-    if not x.detach().sum(dtype=torch.float32).isfinite():
-        bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        if bad: raise BadInput(name, f"NaN or Inf pixels in {len(bad)} of {len(x)} images: {', '.join(map(str, bad[:8]))}{' …' if len(bad) > 8 else ''}",
-                               "Mask bad pixels first; `InputTransform` sets them to 0.")
+    check_finite(x, name)
 
 # %% ../nbs/08_models.ipynb #2741ff07
 class XResNet(nn.Sequential):
@@ -291,14 +292,15 @@ class XResNet(nn.Sequential):
         stem_deconv:int=None, body_deconv:int=None,     # how many of the stem's layers, of the blocks, are deconvolved; None: all as `stem`, `body`
         stem_pool:str="max",        # "max" as published, "blur" against aliasing, "none" for no shrinking
         pool:str="mean",            # "mean" as published, or "gem": over the last feature maps
+        deconv:dict=None,           # further arguments of the deconvolution layers, e.g. dict(average="covariance")
     ):
         widths = [stem_szs[-1] // expansion] + [int(c * widen) for c in (64, 128, 256, 512)[:len(layers)]]
         if any(c % groups for c in widths[1:]): raise BadInput("XResNet", f"groups={groups} does not divide the widths {widths[1:]}", "Choose groups=1, or another widen.")
-        kinds = iter(layer_kinds(body, body_deconv, sum(layers), "body_deconv"))
+        kinds = iter(layer_kinds(body, body_deconv, sum(layers), "body_deconv", deconv))
         stages = [nn.Sequential(*[ResidualBlock(expansion, widths[i] if j == 0 else widths[i + 1], widths[i + 1], 2 if i and j == 0 else 1, groups,
                                                 reduction, sa and i == 0 and j == n - 1, act_cls, next(kinds)) for j in range(n)]) for i, n in enumerate(layers)]
         head = nn.Flatten(), nn.Dropout(p), kaiming(nn.Linear(widths[-1] * expansion, n_out))
-        super().__init__(*stem_layers((c_in, *stem_szs), layer_kinds(stem, stem_deconv, len(stem_szs), "stem_deconv"), act_cls), chosen(STEM_POOLS, stem_pool, "stem_pool"),
+        super().__init__(*stem_layers((c_in, *stem_szs), layer_kinds(stem, stem_deconv, len(stem_szs), "stem_deconv", deconv), act_cls), chosen(STEM_POOLS, stem_pool, "stem_pool"),
                          *stages, chosen(POOLS, pool, "pool"), *head)
         self.c_in = c_in
 
@@ -395,14 +397,17 @@ class SimpleNet(nn.Sequential):
         act_cls=nn.ReLU,
         widths=(32, 32, 64), strides=(2, 2, 1),
         p:float=0.0,                # dropout before the last layer
+        n_deconv:int=None,          # how many layers, from the first, are deconvolved; None: all as `layer`
+        pool:str="mean",            # or "gem"
+        deconv:dict=None,           # further arguments of the deconvolution layers
     ):
-        sizes = (c_in, *widths)
-        super().__init__(*[layer(a, b, 3, s, act_cls=act_cls) for a, b, s in zip(sizes, widths, strides)],
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(p), kaiming(nn.Linear(widths[-1], n_out)))
+        sizes, kinds = (c_in, *widths), layer_kinds(layer, n_deconv, len(widths), "n_deconv", deconv)
+        super().__init__(*[kind(a, b, 3, s, act_cls=act_cls) for kind, a, b, s in zip(kinds, sizes, widths, strides)],
+                         chosen(POOLS, pool, "pool"), nn.Flatten(), nn.Dropout(p), kaiming(nn.Linear(widths[-1], n_out)))
         self.c_in = c_in
 
     def forward(self, x):
-        check_images(x, self.c_in, (4, 4), "SimpleNet")
+        check_batch(self, x, 4)
         return super().forward(x)
 
 @architecture

@@ -1,5 +1,5 @@
 "The networks: published names, shapes and counts; equality with fastai's layers; checkpoints; bad input."
-import copy, json
+import collections, copy, json, math, pickle
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -58,11 +58,61 @@ def test_networks_run_copy_and_fold(name):
         torch.testing.assert_close(fold_deconv(net)(x), net(x), atol=1e-10, rtol=1e-10)
 
 
-def test_hybrid_is_traced_without_graph_breaks():
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["xresnet18_hybrid", "xresnet18_deconv"])
+def test_traced_without_graph_breaks(name, backend):
+    "Forward, backward and buffers of a whole training step, then the evaluation."
     torch.manual_seed(0)
-    net, x = xresnet18_hybrid(), torch.randn(2, 5, 32, 32)
-    expected = copy.deepcopy(net)(x)
-    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="eager")(x), expected)
+    net, x = create_network(name, sa=True), torch.randn(4, 5, 40, 40)
+    twin = copy.deepcopy(net)
+    traced = torch.compile(twin, fullgraph=True, backend=backend)
+    expected, y = net(x), traced(x)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-3)
+    for out in (expected, y): out.square().mean().backward()
+    for (key, a), b in zip(net.named_parameters(), twin.parameters()): torch.testing.assert_close(b.grad, a.grad, atol=2e-3 * a.grad.abs().max().item() + 1e-7, rtol=1e-2, msg=key)
+    torch.testing.assert_close(twin.state_dict(), net.state_dict(), atol=1e-4, rtol=1e-3)
+    with torch.no_grad(): torch.testing.assert_close(traced.eval()(x), net.eval()(x), atol=1e-3, rtol=1e-3)
+
+
+def after_a_batch(name, **kwargs):
+    "A network whose running averages are one batch's statistics, in eval mode, and other images."
+    torch.manual_seed(0)
+    net = create_network(name, **kwargs)
+    for m in net.modules():
+        if hasattr(m, "momentum"): m.momentum = 1.0
+    with torch.no_grad():
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d): m.weight.uniform_(0.5, 1)
+            if isinstance(m, SelfAttention): m.gamma.fill_(0.01)
+        net(torch.randn(8, 5, 64, 64))
+    return net.eval(), torch.randn(3, 5, 64, 64)
+
+
+@pytest.mark.parametrize("name, kwargs", [("xresnet18_hybrid", {}), ("xresnet18_deconv", dict(stem_pool="blur", pool="gem"))])
+def test_folded_network_is_exported(name, kwargs):
+    net, x = after_a_batch(name, **kwargs)
+    folded = fold_deconv(net)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(folded, (x,), dynamic_shapes=({0: batch},))
+    with torch.no_grad():
+        expected = net(x)
+        for images in (x, torch.cat([x, x.flip(-1)])): torch.testing.assert_close(program.module()(images), folded(images))
+        assert (program.module()(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_folded_network_runs_in_onnxruntime(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, x = after_a_batch("xresnet18_hybrid")
+    file = str(tmp_path / "net.onnx")
+    torch.onnx.export(fold_deconv(net), (x,), file, dynamo=True, input_names=["images"], dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for images in (x, x[:1]):
+        got, = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.no_grad(): expected = net(images).numpy()
+        assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+    kinds = {node.op_type for node in pytest.importorskip("onnx").load(file).graph.node}
+    assert "BatchNormalization" not in kinds and "Conv" in kinds
 
 
 def test_arguments_reach_the_network():
@@ -74,35 +124,188 @@ def test_arguments_reach_the_network():
     assert simple_cnn(widths=(8, 8, 8), n_out=2)(torch.zeros(2, 5, 16, 16)).shape == (2, 2)
 
 
+@pytest.mark.parametrize("stem, body", [(0, 0), (1, 0), (3, 0), (2, 3), (3, 8)])
+def test_number_of_deconvolution_layers(stem, body):
+    net = create_network("xresnet18", stem_deconv=stem, body_deconv=body)
+    assert [isinstance(net[i][0], FastDeconv) for i in range(3)] == [i < stem for i in range(3)]
+    blocks = [m for m in net.modules() if isinstance(m, ResidualBlock)]
+    for i, block in enumerate(blocks):
+        kinds = [isinstance(m, (FastDeconv, nn.Conv2d)) and isinstance(m, FastDeconv) for path in (block.convpath[0], block.convpath[1], *[p for p in block.idpath if isinstance(p, nn.Sequential)]) for m in path[:1]]
+        assert kinds == [i < body] * len(kinds)
+    assert net(torch.randn(2, 5, 40, 40)).shape == (2, 6)
+    same = {(0, 0): "xresnet18", (3, 0): "xresnet18_hybrid", (3, 8): "xresnet18_deconv"}.get((stem, body))
+    if same: assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in create_network(same).state_dict().items()}
+
+
+def test_options_of_the_deconvolution_layers():
+    net = create_network("xresnet18_hybrid", body_deconv=1, deconv=dict(average="covariance", n_iter=15, sampling_stride=2))
+    layers = [m for m in net.modules() if isinstance(m, FastDeconv)]
+    assert len(layers) == 5 and all(m.average == "covariance" and m.n_iter == 15 and "running_cov" in m.state_dict() for m in layers)
+    assert create_network("simple_cnn", n_deconv=1, deconv=dict(n_iter=None))[0][0].n_iter is None
+    with pytest.raises(BadInput, match="cannot be built.*colour"): create_network("simple_deconv", deconv=dict(colour=1))
+    with pytest.raises(BadInput, match="average='median'"): create_network("simple_deconv", deconv=dict(average="median"))
+
+
+def test_gem_is_the_generalised_mean():
+    gem, x = models.GeM(2.5).double(), torch.rand(2, 3, 4, 5, dtype=torch.float64) - 0.2
+    v = x.numpy().clip(1e-6)
+    np.testing.assert_allclose(gem(x).detach().numpy()[..., 0, 0], (v ** 2.5).mean((2, 3)) ** (1 / 2.5), rtol=1e-5)
+    y = models.GeM()(torch.full((2, 3, 4, 4), -1.0, requires_grad=True))                 # nothing positive at all
+    y.sum().backward()
+    net = create_network("xresnet18_hybrid", pool="gem")
+    assert y.isfinite().all() and "8.p" in net.state_dict() and sum(p.numel() for p in net.parameters()) == COUNTS["xresnet18_hybrid"] + 1
+    with torch.autocast("cpu", torch.bfloat16): out = net(torch.randn(2, 5, 40, 40))
+    out.float().sum().backward()
+    assert out.isfinite().all() and net[8].p.grad.isfinite()
+
+
+def test_blur_pool_keeps_names_and_passes_a_constant():
+    "Binomial average of the running maximum, by hand; no parameter or buffer is saved."
+    x = torch.randn(1, 2, 8, 8)
+    top = nn.functional.max_pool2d(x, 3, 1, 1)
+    k = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    y = models.BlurPool()(x)
+    assert y.shape == (1, 2, 4, 4) and models.BlurPool()(torch.ones(1, 2, 9, 9)).sub(1).abs().max() < 1e-6
+    assert math.isclose(y[0, 1, 2, 1].item(), (top[0, 1, 3:6, 1:4].numpy() * k).sum(), rel_tol=1e-5)
+    assert create_network("xresnet18", stem_pool="blur").state_dict().keys() == create_network("xresnet18").state_dict().keys()
+    x = torch.randn(2, 5, 64, 64)
+    net = create_network("xresnet18", stem_pool="none").eval()
+    assert nn.Sequential(*list(net)[:4])(x).shape[-1] == 32 and net(x).shape == (2, 6)
+
+
+def test_dropout_in_the_head():
+    torch.manual_seed(0)
+    net, x = create_network("simple_cnn", p=0.5), torch.randn(4, 5, 32, 32)
+    assert not torch.equal(net(x), net(x)) and torch.equal(net.eval()(x), net(x))
+
+
+def test_registry():
+    @models.architecture
+    def own_network(**kwargs): return models.SimpleNet(**kwargs)
+    try:
+        assert create_network("own_network", n_out=2)(torch.zeros(2, 5, 8, 8)).shape == (2, 2)
+        with pytest.raises(BadInput, match="architecture already"): models.architecture(own_network)
+    finally: del ARCHITECTURES["own_network"]
+    with pytest.raises(BadInput, match="xresnet18_hybrid.*simple_deconv"): create_network("own_network")
+    with pytest.raises(BadInput, match="cannot be built.*colour"): create_network("xresnet18", colour=1)
+
+
+def test_initial_weights_have_the_published_distributions():
+    "He-normal with BatchNorm; He-uniform where an activation follows a deconvolution; PyTorch's default where none does; biases and last gains 0."
+    torch.manual_seed(0)
+    def check(weight, kind):
+        w, fan_in = weight.detach().flatten(), weight[0].numel()
+        variance = {"he normal": 2 / fan_in, "he uniform": 2 / fan_in, "default": 1 / (3 * fan_in)}[kind]
+        n, kurtosis = len(w), (w ** 4).mean() / w.var() ** 2
+        assert abs(w.var() / variance - 1) < 6 * math.sqrt(2 / n) and abs(kurtosis - (3 if "normal" in kind else 1.8)) < 6 * math.sqrt(24 / n)
+        if "normal" not in kind: assert w.abs().max() <= math.sqrt(3 * variance) * 1.0001
+    hybrid, deconv = xresnet18_hybrid(), create_network("xresnet18_deconv")
+    for i in range(3): check(hybrid[i][0].weight, "he uniform"); check(deconv[i][0].weight, "he uniform")
+    check(hybrid[5][0].convpath[1][0].weight, "he normal"); check(hybrid[11].weight, "he normal"); check(hybrid[4][1].convpath[3].conv.weight_orig, "he normal")
+    check(deconv[5][0].convpath[0][0].weight, "he uniform"); check(deconv[5][0].convpath[1][0].weight, "default"); check(deconv[5][0].idpath[1][0].weight, "default")
+    for net in (hybrid, deconv):
+        assert all((p == 0).all() for k, p in net.named_parameters() if k.endswith("bias"))
+        assert all((b.convpath[1][1].weight == 0).all() for b in net.modules() if isinstance(b, ResidualBlock) and len(b.convpath[1]) > 1)
+
+
 def test_starts_near_unit_scale():
     torch.manual_seed(0)
     y = xresnet18(sa=True)(torch.randn(32, 5, 64, 64))
     assert 0.05 < y.std() < 5
 
 
-@pytest.mark.parametrize("x, words", [(torch.zeros(2, 4, 64, 64), "4 channels, made for 5"), (torch.zeros(2, 5, 31, 64), "31 × 64 pixels is smaller"),
-    (torch.zeros(5, 64, 64), "Add the batch axis"), (torch.full((2, 5, 32, 32), torch.nan), "NaN or Inf"), (torch.zeros(2, 5, 32, 32, dtype=torch.int32), "int32 image")])
-def test_bad_images_are_named(x, words):
-    with pytest.raises(BadInput, match=words): xresnet18_hybrid()(x)
+NAN = torch.randn(4, 5, 32, 32)
+NAN[1, 2, 3, 4], NAN[3, 0, 0, 0] = torch.nan, -torch.inf
+
+@pytest.mark.parametrize("name", ["xresnet18_hybrid", "xresnet18", "simple_cnn"])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("x, words", [(torch.zeros(2, 4, 64, 64), "4 channels, made for 5.*c_in=4"), (torch.zeros(2, 5, 2, 64), "2 × 64 pixels is smaller.*larger cutouts"),
+    (torch.zeros(5, 64, 64), "Add the batch axis"), (NAN, "2 NaN or Inf.*objects 1, 3 of the batch.*Mask bad pixels"), (torch.zeros(2, 5, 32, 32, dtype=torch.int32), "int32 image.*float"),
+    (np.zeros((2, 5, 32, 32)), "ndarray instead of a tensor.*as_tensor"), (torch.zeros(2, 5, 32, 32, dtype=torch.float64), "float64 images, torch.float32 weights"),
+    (torch.zeros(2, 5, 32, 32, dtype=torch.bfloat16), "bfloat16 images.*autocast"), (torch.zeros(0, 5, 32, 32), "without images"), (torch.zeros(2, 5, 32, 32, device="meta"), "images on meta")])
+def test_bad_images_are_named(name, train, x, words):
+    net = create_network(name).train(train)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(BadInput, match=f"(?s)(?i){words}"): net(x)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)                 # averages are not poisoned
+
+def test_smallest_image():
+    with pytest.raises(BadInput, match="XResNet.*31 × 64 pixels is smaller"): xresnet18_hybrid()(torch.zeros(2, 5, 31, 64))
+    for net in (xresnet18_hybrid(), create_network("simple_deconv")): assert net(torch.randn(2, 5, 32, 32)).isfinite().all()
+
+def test_extreme_but_finite_images_pass():
+    "The sum of the pixels overflows; no pixel does."
+    x = torch.full((2, 5, 32, 32), 3e38)
+    models.check_batch(xresnet18(), x, 32)
+
 
 def test_bad_arguments_are_named():
     with pytest.raises(BadInput, match="groups=64 does not divide"): xresnet18(widen=0.7)
     with pytest.raises(BadInput, match="Choose from xresnet18"): create_network("resnet")
+    with pytest.raises(BadInput, match="stem_deconv=4, there are 3"): xresnet18(stem_deconv=4)
+    with pytest.raises(BadInput, match="body_deconv=-1"): xresnet18(body_deconv=-1)
+    with pytest.raises(BadInput, match="pool='median'.*'gem'"): xresnet18(pool="median")
+    with pytest.raises(BadInput, match="stem_pool='gem'.*'blur'"): xresnet18(stem_pool="gem")
 
 
-def test_checkpoints(tmp_path):
-    net = simple_cnn()
-    torch.save(net.state_dict(), tmp_path / "plain.pth")
-    torch.save({"model": net.state_dict(), "opt": {"hypers": L({"lr": 0.03}), "state": [L(1, 2)]}}, tmp_path / "fastai.pth")
-    for name in ("plain.pth", "fastai.pth"):
-        loaded = load_checkpoint(simple_cnn(), tmp_path / name)
-        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
-    with pytest.raises(BadInput, match="does not fit"): load_checkpoint(simple_cnn(n_out=7), tmp_path / "plain.pth")
-    class Thing: __reduce__ = lambda self: (print, ("the file ran a program",))
-    torch.save({"model": net.state_dict(), "opt": Thing()}, tmp_path / "evil.pth")
-    with pytest.raises(BadInput, match="cannot be read"): load_checkpoint(simple_cnn(), tmp_path / "evil.pth")
-    (tmp_path / "short.pth").write_bytes((tmp_path / "plain.pth").read_bytes()[:500])
-    with pytest.raises(BadInput, match="cannot be read"): load_checkpoint(simple_cnn(), tmp_path / "short.pth")
+def fastai2_file(path, net, **opt):
+    "What `learn.save` of fastai 2 writes: the model's and the optimiser's state, lists of fastai's class L in the latter."
+    hypers = L([dict(wd=0.01, sqr_mom=0.99, lr=0.03, mom=0.95)])
+    state = [dict(count=3, since_k=1, grad_avg=torch.zeros(2), sqr_avg=torch.ones(2), slow_weights=torch.zeros(2))]
+    torch.save({"model": net.state_dict(), "opt": dict(state=L(state), hypers=hypers) | opt}, path)
+    return path
+
+@pytest.mark.parametrize("name", ["simple_cnn", "xresnet18_hybrid"])
+def test_checkpoint_of_fastai_loads(tmp_path, name):
+    torch.manual_seed(0)
+    net = create_network(name)
+    net(torch.randn(3, 5, 40, 40))
+    plain = tmp_path / "plain.pth"
+    torch.save(net.state_dict(), plain)
+    for path in (plain, fastai2_file(tmp_path / "fastai.pth", net)):
+        other = create_network(name)
+        assert load_checkpoint(other, path) is other
+        assert list(other.state_dict()) == list(net.state_dict())                        # nothing of `opt` has come along
+        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), net.state_dict().values()))
+        assert models.read_checkpoint(path).keys() == net.state_dict().keys()
+    x = torch.randn(2, 5, 32, 32)
+    assert torch.equal(other.eval()(x), net.eval()(x))
+    with pytest.raises(pickle.UnpicklingError, match="fastcore"): torch.load(tmp_path / "fastai.pth", weights_only=True)   # L is not allowed for good
+
+
+def test_checkpoints_load_strictly(tmp_path):
+    net, path = simple_cnn(), tmp_path / "x.pth"
+    state = net.state_dict()
+    for broken in ({k: v for k, v in state.items() if k != "0.0.weight"}, state | {"extra": torch.zeros(1)}, state | {"0.0.weight": torch.zeros(1)}):
+        torch.save({"model": broken, "opt": {}}, path)
+        with pytest.raises(BadInput, match="does not fit"): load_checkpoint(simple_cnn(), path)
+    with pytest.raises(BadInput, match="does not fit"): load_checkpoint(simple_cnn(n_out=7), fastai2_file(path, net))
+
+
+class Program: __reduce__ = lambda self: (print, ("the file ran a program",))
+
+@pytest.mark.parametrize("thing", [Program(), Path("x"), collections.Counter(a=1), L, np.float64(1), print], ids=lambda t: getattr(t, "__name__", type(t).__name__))
+@pytest.mark.parametrize("where", ["opt", "model", "inside L"])
+def test_other_globals_are_refused(tmp_path, capsys, thing, where):
+    "Every class or function but L, wherever it stands; L itself as a value is no harm, and is refused or dropped."
+    net, path = simple_cnn(), tmp_path / "evil.pth"
+    if where == "opt": fastai2_file(path, net, extra=thing)
+    elif where == "inside L": fastai2_file(path, net, state=L([thing]))
+    else: torch.save({"model": net.state_dict() | {"extra": thing}, "opt": L()}, path)
+    harmless = thing is L or type(thing) is collections.Counter
+    if harmless and where != "model": load_checkpoint(simple_cnn(), path); return
+    with pytest.raises(BadInput, match="no state_dict" if harmless else "cannot be read as a checkpoint: it asks for"): load_checkpoint(simple_cnn(), path)
+    assert "ran a program" not in capsys.readouterr().out
+
+
+def test_damaged_and_foreign_files(tmp_path):
+    net, path = simple_cnn(), tmp_path / "x.pth"
+    torch.save(net.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(BadInput, match="cannot be read"): load_checkpoint(net, path)
+    with pytest.raises(BadInput, match="cannot be read"): load_checkpoint(net, tmp_path / "absent.pth")
+    torch.save([1, 2], path)
+    with pytest.raises(BadInput, match="holds a list"): load_checkpoint(net, path)
 
 
 @pytest.mark.parametrize("dtype, shape", [(torch.float64, (3, 8, 5, 7)), (torch.float32, (200_001,)), (torch.bfloat16, (4, 16, 40, 40)), (torch.float32, (0, 3))])
