@@ -93,7 +93,7 @@ def fastai_network(deconv):
 # --- data, machine ---
 
 def toy_galaxies(n, size, seed=0):
-    "Exponential discs of random size, shape, colour and flux: images (n, 5, size, size), standardised properties (n, 6)."
+    "Exponential discs of random size, shape, colour and flux: images (n, 5, size, size), properties of unit variance (n, 6)."
     g = torch.Generator().manual_seed(seed)
     truth = torch.rand(n, 6, generator=g) * 2 - 1
     grid = torch.linspace(-1, 1, size)
@@ -102,7 +102,7 @@ def toy_galaxies(n, size, seed=0):
     r = ((1 + 0.5 * e1) * x ** 2 + (1 - 0.5 * e1) * y ** 2 + e2 * x * y + 1e-4).sqrt() / (0.1 * (1 + 0.6 * radius))
     bands = 10 ** (0.3 * flux[:, None] + 0.2 * colour[:, None] * torch.linspace(-1, 1, 5)[:, None, None])
     images = torch.asinh(5 * bands * (-r ** (1 + 0.4 * steep))[:, None].exp() + 0.1 * torch.randn(n, 5, size, size, generator=g))
-    return (images - images.mean()) / images.std(), truth * math.sqrt(3)
+    return 2 * images, truth * math.sqrt(3)
 
 
 def compiler_missing(device):
@@ -203,23 +203,33 @@ def interleave(runs, rounds, clock):
 def ratio(times, a, b): return statistics.median(s / t for s, t in zip(times[a], times[b]))
 
 
-def settle(net, args, steps):
-    """Train `net` for a few steps on small toy galaxies, learning rate falling to 0; then take the statistics of one batch of full size as the averages.
+def take_averages(net, parts, x):
+    "Make the statistics of the batch x the running averages of these parts of the network."
+    normalising = [m for part in parts for m in part.modules() if hasattr(m, "momentum")]
+    before = [m.momentum for m in normalising]
+    for m in normalising: m.momentum = 1.0
+    with torch.no_grad(): net(x)
+    for m, momentum in zip(normalising, before): m.momentum = momentum
 
-    Five rounds on changing batches give averaged inverse roots that evaluate badly this early; latents far off would say nothing about rounding.
+
+def settle(net, args, steps):
+    """Train `net` for a few steps on small toy galaxies, then as many at the full size with the stem's averages fixed; learning rate falling to 0.
+
+    Five rounds on changing batches give averaged inverse roots that evaluate badly this early, and latents far off would say nothing about rounding.
     """
     net = sampled(net.to(args.device), 1).train()
     optimiser = torch.optim.AdamW(net.parameters(), 3e-3)
-    for i in range(steps):
-        optimiser.param_groups[0]["lr"] = 3e-3 * math.cos(math.pi / 2 * i / steps) ** 2
-        x, y = (t.to(args.device) for t in toy_galaxies(16, min(args.size, 64), seed=i))
+    for i in range(2 * steps):
+        optimiser.param_groups[0]["lr"] = 3e-3 * math.cos(math.pi / 4 * i / steps) ** 2
+        if i == steps:
+            net, parameters = sampled(net, 3), optimiser.state_dict()
+            optimiser = torch.optim.AdamW(net.parameters()); optimiser.load_state_dict(parameters)
+            take_averages(net, list(net)[:3], toy_galaxies(32, args.size, seed=1000)[0].to(args.device))
+            for layer in list(net)[:3]: layer.eval()
+        x, y = (t.to(args.device) for t in toy_galaxies(16 if i < steps else 8, min(args.size, 64) if i < steps else args.size, seed=i))
         loss = F.mse_loss(net(x), y); loss.backward(); optimiser.step(); optimiser.zero_grad()
-    net = sampled(net, 3)
-    normalising = [m for m in net.modules() if hasattr(m, "momentum")]
-    for m in normalising: m.before, m.momentum = m.momentum, 1.0
-    with torch.no_grad(): net(toy_galaxies(32, args.size, seed=1000)[0].to(args.device))
-    for m in normalising: m.momentum = m.before; del m.before
-    return net
+    take_averages(net, list(net)[3:], toy_galaxies(32, args.size, seed=1000)[0].to(args.device))
+    return net.train()
 
 
 def settled_networks(args):
@@ -415,7 +425,7 @@ def main():
     p.add_argument("--size", type=int, default=224, help="pixels on a side")
     p.add_argument("--batch", type=int, default=0, help="images a step (32 on a CPU, 128 on a GPU)")
     p.add_argument("--rounds", type=int, default=7)
-    p.add_argument("--settle", type=int, default=40, help="steps of the short training on toy galaxies before anything is timed")
+    p.add_argument("--settle", type=int, default=30, help="steps of the short training on toy galaxies before anything is timed")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     p.add_argument("--threads", type=int, default=0, help="of PyTorch (default: as it is)")
     p.add_argument("--clock", default="wall", choices=["wall", "processor"], help="`processor` when the machine has other work (CPU only)")

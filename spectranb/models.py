@@ -182,7 +182,7 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         rows = x.permute(0, 2, 3, 1).flatten(1, 2)                       # (B, positions, C): no copy for channels_last images
         out = rows @ (rows.mT @ rows @ self.conv()).mT
-        return x + self.gamma * out.reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+        return x + self.gamma * out.reshape(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 # %% ../nbs/08_models.ipynb #98b2c501
 class ResidualBlock(nn.Module):
@@ -240,7 +240,7 @@ class GeM(nn.Module):
         eps:float=1e-6,
     ):
         super().__init__()
-        self.p, self.eps = nn.Parameter(torch.tensor(p)), eps
+        self.p, self.eps = nn.Parameter(torch.tensor(float(p))), eps
 
     def forward(self, x):
         p, v = self.p.float(), x.float().clamp(min=self.eps)
@@ -267,7 +267,7 @@ def check_batch(
     name, weight = type(net).__name__, next(net.parameters())
     if not isinstance(x, torch.Tensor): raise BadInput(name, f"{type(x).__name__} instead of a tensor", "Convert it with `torch.as_tensor`.")
     check_images(x, net.c_in, (least, least), name)
-    if len(x) == 0: raise BadInput(name, "batch without images", "Pass at least one.")
+    if x.shape[0] == 0: raise BadInput(name, "batch without images", "Pass at least one.")
     double = torch.float64 in (x.dtype, weight.dtype)
     if x.dtype != weight.dtype and (double or not torch.is_autocast_enabled(x.device.type)):
         raise BadInput(name, f"{x.dtype} images, {weight.dtype} weights", f"Convert the images with `x.to({weight.dtype})`, or use autocast for half precision.")

@@ -58,12 +58,13 @@ def test_networks_run_copy_and_fold(name):
         torch.testing.assert_close(fold_deconv(net)(x), net(x), atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["xresnet18_hybrid", "xresnet18_deconv"])
-def test_traced_without_graph_breaks(name, backend):
+def small_deconv(): return models.XResNet((1, 1), stem=models.deconv_layer, body=models.deconv_layer, stem_pool="blur", pool="gem")
+
+@pytest.mark.parametrize("make, backend", [(xresnet18_hybrid, "aot_eager"), (small_deconv, "eager")])
+def test_traced_without_graph_breaks(make, backend):
     "Forward, backward and buffers of a whole training step, then the evaluation."
     torch.manual_seed(0)
-    net, x = create_network(name, sa=True), torch.randn(4, 5, 40, 40)
+    net, x = make(), torch.randn(4, 5, 40, 40)
     twin = copy.deepcopy(net)
     traced = torch.compile(twin, fullgraph=True, backend=backend)
     expected, y = net(x), traced(x)
@@ -88,15 +89,14 @@ def after_a_batch(name, **kwargs):
     return net.eval(), torch.randn(3, 5, 64, 64)
 
 
-@pytest.mark.parametrize("name, kwargs", [("xresnet18_hybrid", {}), ("xresnet18_deconv", dict(stem_pool="blur", pool="gem"))])
+@pytest.mark.parametrize("name, kwargs", [("xresnet18_hybrid", {}), ("simple_deconv", dict(pool="gem"))])
 def test_folded_network_is_exported(name, kwargs):
     net, x = after_a_batch(name, **kwargs)
     folded = fold_deconv(net)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(folded, (x,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(folded, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     with torch.no_grad():
         expected = net(x)
-        for images in (x, torch.cat([x, x.flip(-1)])): torch.testing.assert_close(program.module()(images), folded(images))
+        for images in (x, x[:1], torch.cat([x, x.flip(-1)])): torch.testing.assert_close(program.module()(images), folded(images))
         assert (program.module()(x) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
