@@ -168,7 +168,13 @@ def training(net, opts, x, y, lr=1e-4):
 
 def inference(net, opts, x, fold=False):
     "A function that returns the latents of x."
-    net, x, device = prepare(net.eval(), opts, fold).eval(), laid_out(x, opts), x.device.type
+    from spectranb.models import HalfPrecision
+    net, x, device = net.eval(), laid_out(x, opts), x.device.type
+    if fold and "bf16" in opts:                                          # HalfPrecision does the folding, the layout and the autocast
+        net, opts, fold = HalfPrecision(net), tuple(o for o in opts if o == "compile"), False
+        x = laid_out(x, ("channels_last",))
+        if opts: net = torch.compile(net)
+    else: net = prepare(net, opts, fold).eval()
     def step():
         with torch.no_grad(), autocast(opts, device): return net(x).float()
     return step

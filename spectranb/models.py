@@ -8,7 +8,7 @@ __all__ = ['STEM_POOLS', 'POOLS', 'ARCHITECTURES', 'mish_formula', 'flat_views',
            'SelfAttention', 'ResidualBlock', 'layer_kinds', 'BlurPool', 'GeM', 'chosen', 'check_batch', 'XResNet',
            'stem_layers', 'architecture', 'create_network', 'xresnet18', 'xresnet18_hybrid', 'xresnet18_deconv',
            'xresnet34', 'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid', 'xresnet50_deconv',
-           'SimpleNet', 'simple_cnn', 'simple_deconv', 'read_checkpoint', 'load_checkpoint']
+           'SimpleNet', 'simple_cnn', 'simple_deconv', 'read_checkpoint', 'load_checkpoint', 'HalfPrecision']
 
 # %% ../nbs/08_models.ipynb #09e39647
 # The networks of Wu & Peek, "Predicting galaxy spectra from images with hybrid convolutional neural networks" (2020,
@@ -27,7 +27,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from .core import BadInput
-from .deconv import FastDeconv, check_finite, check_images, whitening
+from .deconv import FastDeconv, check_finite, check_images, fold_deconv, whitening
 
 # %% ../nbs/08_models.ipynb #9c00e05c
 def mish_formula(
@@ -448,3 +448,25 @@ def load_checkpoint(
     try: net.load_state_dict(state)
     except RuntimeError as e: raise BadInput(path, f"does not fit the network: {e}", "Build the network with the arguments it was trained with.") from e
     return net
+
+# %% ../nbs/08_models.ipynb #c068a7ab
+class HalfPrecision(nn.Module):
+    "A network folded for evaluation in bfloat16, first layer in float32: images in float32 → latents in float32."
+    def __init__(self,
+        net,                        # `XResNet` or `SimpleNet`; it is not changed
+    ):
+        super().__init__()
+        folded = fold_deconv(net).to(memory_format=torch.channels_last)
+        for name, layer in net.named_modules():
+            if isinstance(layer, FastDeconv) and layer.groups == 1 and layer.block == layer.in_channels:
+                plain = folded.get_submodule(name)
+                lost = (plain.weight - plain.weight.bfloat16().to(plain.weight.dtype)).flatten(1)
+                if not name.startswith("0."): plain.bias.data += (lost @ layer.running_mean.to(lost.dtype)).data
+        self.c_in, self.least = net.c_in, 32 if isinstance(net, XResNet) else 4
+        self.first, self.rest = folded[0], nn.Sequential(*list(folded)[1:])
+        self.eval()
+
+    def forward(self, x):
+        check_batch(self, x, self.least)
+        with torch.autocast(x.device.type, enabled=False): x = self.first(x.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(x.device.type, torch.bfloat16): return self.rest(x).float()

@@ -100,6 +100,23 @@ def test_folded_network_is_exported(name, kwargs):
         assert (program.module()(x) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+def test_half_precision_evaluation():
+    "Close to float32, takes and gives float32, and the bias makes good what rounding the weights shifts."
+    net, x = after_a_batch("xresnet18_hybrid")
+    with torch.no_grad():
+        half = models.HalfPrecision(net)
+        y, expected = half(x), net(x)
+        assert y.dtype == torch.float32 and (y - expected).square().mean().sqrt() < 0.06 * expected.std()
+        h = nn.Sequential(*list(net)[:1])(torch.randn(8, 5, 64, 64))
+        rounded = nn.functional.conv2d(h, half.rest[0][0].weight.bfloat16().float(), half.rest[0][0].bias, padding=1)[..., 1:-1, 1:-1]
+        plain = fold_deconv(net)[1][0]
+        naive = nn.functional.conv2d(h, plain.weight.bfloat16().float(), plain.bias, padding=1)[..., 1:-1, 1:-1]
+        exact = net[1][0](h)[..., 1:-1, 1:-1]
+        shift = [(a - exact).mean((0, 2, 3)).abs().mean() for a in (rounded, naive)]
+        assert shift[0] < 0.5 * shift[1]
+        with pytest.raises(BadInput, match="4 channels"): half(x[:, :4])
+
+
 def test_folded_network_runs_in_onnxruntime(tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
