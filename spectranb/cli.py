@@ -197,6 +197,7 @@ def _add_fetch(commands):
     p.add_argument("--workers", type=int, metavar="N", help="processes that read and rebin (default: one a core)")
     _options(p, "quiet")
 
+# %% ../nbs/15_cli.ipynb #084bc04b
 def _add_train(commands):
     p = _command(commands, "train", run_train, "Train VAE and network on a survey, calibrate the errors, write a model bundle. Interrupted, the same command goes on.",
                  "spectranb train survey --out run --epochs 10\nspectranb train survey --out run2 --vae run/vae --arch xresnet18")

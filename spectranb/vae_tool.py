@@ -115,6 +115,7 @@ def latent_table(
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
+# %% ../nbs/06g_vae_tool.ipynb #fcf5d8ef
 def encode_files(
     spectra,                        # paths, see `read_spectra`
     out,                            # folder: gets latents.parquet, rejects.csv and reconstructions.png
