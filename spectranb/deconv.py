@@ -7,7 +7,8 @@ __all__ = ['exact', 'products_are_exact', 'inverse_sqrt', 'until_converged', 'wh
            'sample_patches', 'deal', 'symmetric_product', 'Scatter', 'together', 'AllSum', 'total', 'moments',
            'whitening', 'add_eps', 'whiten_weight', 'running_average', 'Whitener', 'refresh_after_loading',
            'find_bad_pixels', 'check_finite', 'check_images', 'check_floats', 'choose_block', 'FastDeconv',
-           'ChannelDeconv', 'Delinear', 'fold_layer', 'fold_deconv', 'fold_inside']
+           'whitening_report', 'ChannelDeconv', 'Delinear', 'fold_layer', 'fold_deconv', 'can_fuse', 'fuse_batchnorm',
+           'fold_inside']
 
 # %% ../nbs/07_deconv.ipynb #a18bd724
 # The method: Ye, Evanusa, He, Mitrokhin, Goldstein, Yorke, Fermüller & Aloimonos, "Network Deconvolution",
@@ -21,7 +22,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.utils import _pair
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fastcore.basics import patch
 
 from .core import BadInput
@@ -243,6 +243,7 @@ def running_average(
 ):
     "Move `buffer` towards `value` by `momentum`; a value that is not finite is ignored."
     value = value.detach().to(buffer.dtype)
+    if isinstance(momentum, torch.Tensor): momentum = momentum.to(buffer.dtype)
     buffer.copy_(torch.where(value.isfinite().all(), buffer.lerp(value, momentum), buffer))
 
 # %% ../nbs/07_deconv.ipynb #968ad326
@@ -425,6 +426,24 @@ def plain_weight(self:FastDeconv, mean, deconv):
     pieces, bias = whiten_weight(pieces, self.bias, mean, deconv)
     return (pieces.mT if self.groups == 1 else pieces).reshape(self.weight.shape), bias
 
+# %% ../nbs/07_deconv.ipynb #3c95ef64
+@torch.no_grad()
+def whitening_report(
+    net:nn.Module,                  # any network; it is not changed
+    x,                              # a batch for it
+):                                  # list of dicts, one a layer: its name, dimensions, matrices, condition, batch_residual, average_residual (the worst of its matrices)
+    "How well each layer of a network whitens a batch."
+    net, report = deepcopy(net).eval().train(), []
+    names = {layer: name for name, layer in net.named_modules() if isinstance(layer, Whitener)}
+    def look(layer, args):
+        cov = add_eps(layer.batch_moments(args[0])[1], layer.eps)
+        values, averaged = torch.linalg.eigvalsh(cov.double()), layer.running_deconv.to(cov)
+        report.append(dict(layer=names[layer], dimensions=cov.shape[-1], matrices=cov[..., 0, 0].numel(), condition=(values[..., -1] / values[..., 0]).max().item(),
+                           batch_residual=whitening_residual(cov, inverse_sqrt(cov, layer.n_iter)).max().item(), average_residual=whitening_residual(cov, averaged).max().item()))
+    for layer in names: layer.register_forward_pre_hook(look)
+    net(x)
+    return report
+
 # %% ../nbs/07_deconv.ipynb #46a7246b
 class ChannelDeconv(nn.Module):
     "Decorrelate channels; no weights. Input (B, C) or (B, C, H, W), C ≥ `block`."
@@ -535,10 +554,24 @@ def fold_deconv(
     "Copy of `model` for evaluation, with deconvolution and BatchNorm folded into plain convolutions."
     return fold_inside(deepcopy(model).eval())
 
+def can_fuse(a, b):
+    "Whether `b` is a BatchNorm with averages, right behind a layer `a` that it can be folded into."
+    pairs = (nn.Conv2d, nn.BatchNorm2d), (nn.Linear, nn.BatchNorm1d)
+    return any(isinstance(a, layer) and type(b) is norm for layer, norm in pairs) and b.running_mean is not None
+
+def fuse_batchnorm(a, b):
+    "Copy of `a`, with the BatchNorm `b` behind it folded into its weight and bias, in float64."
+    a, b = deepcopy(a), deepcopy(b).double()
+    gain = (b.running_var + b.eps).rsqrt() * (1 if b.weight is None else b.weight)
+    bias = ((0 if a.bias is None else a.bias.double()) - b.running_mean) * gain + (0 if b.bias is None else b.bias)
+    weight = a.weight.double() * gain.reshape(-1, *[1] * (a.weight.ndim - 1))
+    a.bias, a.weight = nn.Parameter(bias.detach().to(a.weight)), nn.Parameter(weight.detach().to(a.weight))
+    return a
+
 def fold_inside(module):
     "`module` with its layers folded in place; the module itself where it is such a layer."
     for name, child in module.named_children(): setattr(module, name, fold_inside(child))
     if isinstance(module, nn.Sequential):
         for i, (a, b) in enumerate(zip(list(module), list(module)[1:])):
-            if isinstance(a, nn.Conv2d) and type(b) is nn.BatchNorm2d: module[i], module[i + 1] = fuse_conv_bn_eval(a, b), nn.Identity()
+            if can_fuse(a, b): module[i], module[i + 1] = fuse_batchnorm(a, b), nn.Identity()
     return module.folded() if hasattr(module, "folded") else module
