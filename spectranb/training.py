@@ -328,6 +328,7 @@ def predict(self:TrainedNetwork,
     if cutouts.ndim == 3: cutouts = cutouts[None]
     if cutouts.ndim != 4 or cutouts.shape[1] != self.transform.mean.shape[0]:
         raise BadInput("cutouts", f"of shape {cutouts.shape}, (N, {self.transform.mean.shape[0]}, H, W) wanted", f"Give the bands {''.join(BANDS)}, whole-NaN where missing.")
+    if not len(cutouts): return self.predict(np.full((1, *cutouts.shape[1:]), np.nan, np.float32))[:0]
     self.folded = self.folded or fold_deconv(self.net).to(memory_format=torch.channels_last)
     images, out = Images(cutouts, np.arange(len(cutouts)), self.transform, self.device, keep=0), []
     with torch.inference_mode():
