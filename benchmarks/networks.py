@@ -286,20 +286,11 @@ def compare(args, clock, compiled):
         print(f"published algorithm beside BatchNorm, both float32: {100 * (ratio(times, a, '(c) BatchNorm, float32') - 1):+.1f} %")
 
 
-def plain_mish(net):
-    "A copy with PyTorch's Mish in place of ours."
-    from spectranb.models import Mish
+def with_plain(net, ours, plain):
+    "A copy with PyTorch's layer in place of our class of that name."
     net = copy.deepcopy(net)
     for m in net.modules():
-        if type(m) is Mish: m.__class__ = nn.Mish
-    return net
-
-def plain_convolutions(net):
-    "A copy without the detours of our convolutions."
-    from spectranb.models import Conv2d
-    net = copy.deepcopy(net)
-    for m in net.modules():
-        if type(m) is Conv2d: m.__class__ = nn.Conv2d
+        if type(m) is ours: m.__class__ = plain
     return net
 
 def sampled(net, every):
@@ -314,13 +305,14 @@ def sampled(net, every):
 # Each prediction is a sentence about the step before, and the ratio that follows from the shares of its time (a profile by operation).
 def ablation_steps(nets, compiled):
     "[(name, network, settings, prediction from the shares of the step before, its reason)] for training."
+    from spectranb.models import Conv2d, Mish
     hybrid = nets["hybrid"]
-    bare = plain_convolutions(plain_mish(hybrid))
+    bare = with_plain(with_plain(hybrid, Mish, nn.Mish), Conv2d, nn.Conv2d)
     steps = [("published", nets["published"], (), None, "the start"),
              ("cheaper gradient of the covariance", bare, (), lambda s: 1 / (1 - s["patches"] / 3), "one product of three with the patches goes"),
              ("channels_last", bare, ("channels_last",), lambda s: 1 / (1 - 0.15 * s["convolution"] - 0.8 * s["pooling"]), "no reordering around convolutions; vectorised pooling"),
              ("bf16 autocast", bare, OURS, lambda s: 1 / (1 - s["convolution"] / 2), "twice the multiplications a cycle; half the memory"),
-             ("grouped convolutions in float32", plain_mish(hybrid), OURS, lambda s: 1.1, "their bf16 gradient is slow (measured layer by layer in 08_models)"),
+             ("grouped convolutions in float32", with_plain(hybrid, Mish, nn.Mish), OURS, lambda s: 1.1, "their bf16 gradient is slow (measured layer by layer in 08_models)"),
              ("fused Mish", hybrid, OURS, lambda s: 1 / (1 - 0.5 * s["mish"]), "one exponential of the three functions twice"),
              ("statistics of every 6th patch (option)", sampled(hybrid, 6), OURS, lambda s: 1 / (1 - 0.75 * s["patches"]), "a quarter of the patches; changes the results")]
     if compiled: steps.append(("compiled, statistics of every 3rd", hybrid, (*OURS, "compile"), lambda s: 1 / (1 - 0.7 * s["other"] - 0.5 * s["mish"]), "loops over pixels fused"))
@@ -342,6 +334,7 @@ def shares(step, device, rounds=2):
 
 
 def ablation(args, clock, compiled):
+    from spectranb.models import Mish
     nets = settled_networks(args)
     x, y = (t.to(args.device) for t in toy_galaxies(args.batch, args.size, seed=12345))
     runs, expected, before = {}, {}, None
@@ -357,8 +350,8 @@ def ablation(args, clock, compiled):
         print(f"{name:40s} {args.batch / statistics.median(times[name]):9.1f} {expected[name]:10.2f} {ratio(times, previous, name):9.2f} {ratio(times, 'published', name):8.2f}  {why}")
         if "option" not in name: previous = name
     sampling_accuracy(nets["hybrid"], x)
-    folds = {"published, float32": (nets["published"], (), False), "ours, float32": (plain_mish(nets["hybrid"]), (), False), "folded": (plain_mish(nets["hybrid"]), (), True),
-             "channels_last": (plain_mish(nets["hybrid"]), ("channels_last",), True), "bf16 autocast": (plain_mish(nets["hybrid"]), OURS, True),
+    folds = {"published, float32": (nets["published"], (), False), "ours, float32": (with_plain(nets["hybrid"], Mish, nn.Mish), (), False), "folded": (with_plain(nets["hybrid"], Mish, nn.Mish), (), True),
+             "channels_last": (with_plain(nets["hybrid"], Mish, nn.Mish), ("channels_last",), True), "bf16 autocast": (with_plain(nets["hybrid"], Mish, nn.Mish), OURS, True),
              "Mish with one exponential": (nets["hybrid"], OURS, True)} | ({"compiled": (nets["hybrid"], (*OURS, "compile"), True)} if compiled else {})
     runs = {name: inference(net, opts, x, fold) for name, (net, opts, fold) in folds.items()}
     reference, differences = next(iter(runs.values()))(), {}

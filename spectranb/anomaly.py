@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .core import BadInput
-from .vae import SpectrumVAE, _as_spectra, check_spectra, pixel_weights
+from .vae import SpectrumVAE, as_spectra, check_spectra, pixel_weights
 
 # %% ../nbs/06e_anomaly.ipynb #5d18dcf6
 STATISTICS = dict(misfit="the residual is larger than noise explains", distance="its latents lie far outside the training set", signal="there is hardly any signal")
@@ -23,7 +23,7 @@ def anomaly_statistics(
     flux, ivar,                     # (N, 1000), any positive scale; 0 = no data
 ):                                  # (N, 3) float64: log10 of misfit, distance and signal; NaN where a spectrum cannot be encoded
     "Misfit, distance and signal of spectra. Raises `BadInput` for wrong shapes."
-    flux, ivar = _as_spectra(flux, ivar)
+    flux, ivar = as_spectra(flux, ivar)
     out = np.full((len(flux), 3), np.nan)
     usable = check_spectra(flux, ivar)[0]
     readable = (np.isfinite(ivar) & (ivar >= 0)).all(1) & (ivar > 0).any(1)
@@ -77,7 +77,7 @@ def score_table(
     names=None,                     # what to call the rows; None: 'spectrum 0', …
 )->pd.DataFrame:                    # a row a spectrum: name, score, anomalous, reason, misfit, distance, signal
     "Judge spectra; those that cannot be encoded are anomalous. Raises `BadInput` for wrong shapes."
-    flux, ivar = _as_spectra(flux, ivar)
+    flux, ivar = as_spectra(flux, ivar)
     names = [f"spectrum {i}" for i in range(len(flux))] if names is None else list(names)
     rejects = check_spectra(flux, ivar, names)
     complaint = np.full(len(flux), "", object); complaint[~rejects[0]] = rejects[1].reason.to_numpy()

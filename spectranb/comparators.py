@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .core import N_WAVE, REST_WAVELENGTH, BadInput
 from .data.spectra import MODEL_VARIANCE, GapBasis, fit_gap_basis
-from .vae import SpectrumVAE, TrainingSet, _as_spectra, _prepare, check_spectra, mmd, pixel_weights
+from .vae import SpectrumVAE, TrainingSet, as_spectra, fill_and_normalise, mmd, pixel_weights, usable_rows
 
 # %% ../nbs/06b_comparators.ipynb #aaadb289
 def _normal_equations(
@@ -44,7 +44,7 @@ class LinearCoder:
     def __repr__(self): return f"{type(self).__name__}({self.n_out} components)"
 
     def prepare(self, flux, ivar=None):                              # as `SpectrumVAE.prepare`: (N, 1000) filled, mean square 1; their ivar
-        return _prepare(*_as_spectra(flux, ivar), self.basis)
+        return fill_and_normalise(*as_spectra(flux, ivar), self.basis)
 
     def encode(self,
         flux,                       # (N, 1000) or (1000,), any positive scale
@@ -53,10 +53,10 @@ class LinearCoder:
         chunk:int=2048,             # spectra at a time
     ):                              # (N, k) or (k,) float64 coefficients of least χ²
         "Coefficients of spectra, by least squares weighted with ivar."
-        one, (flux, ivar) = np.ndim(flux) == 1, _as_spectra(flux, ivar)
-        out, rows = np.full((len(flux), self.n_out), np.nan), _usable_rows(flux, ivar, bad)
+        one, (flux, ivar) = np.ndim(flux) == 1, as_spectra(flux, ivar)
+        out, rows = np.full((len(flux), self.n_out), np.nan), usable_rows(flux, ivar, bad)
         for k in (rows[i:i + chunk] for i in range(0, len(rows), chunk)):
-            x, w = _prepare(flux[k], ivar[k], self.basis)
+            x, w = fill_and_normalise(flux[k], ivar[k], self.basis)
             w = w.astype(float)
             out[k] = self._solve(*_normal_equations(w, w * (x - self.mean), self.rows))
         return out[0] if one else out
@@ -68,14 +68,6 @@ class LinearCoder:
         return c.astype(np.float32) @ self.rows.astype(np.float32) + np.float32(self.mean)
 
 # %% ../nbs/06b_comparators.ipynb #51cd31f0
-def _usable_rows(flux, ivar, bad):  # indices of spectra that can be encoded; `BadInput` for the others where bad is "raise"
-    if bad not in ("raise", "nan"): raise BadInput("bad", f"is '{bad}'", "Choose 'raise' or 'nan'.")
-    usable, rejects = check_spectra(flux, ivar)
-    if bad == "raise" and len(rejects):
-        first, more = rejects.iloc[0], f" (and {len(rejects) - 1} more spectra cannot be encoded)" if len(rejects) > 1 else ""
-        raise BadInput(first["name"], first.reason + more, f"{first.remedy} `check_spectra` lists all, bad='nan' goes on without them.")
-    return np.flatnonzero(usable)
-
 def _training_set(flux, ivar, basis, n_components):     # as it is, or made
     return flux if isinstance(flux, TrainingSet) else TrainingSet.make(flux, ivar, basis, max(10, n_components), progress=False)
 
@@ -255,10 +247,10 @@ def reconstruction_scores(
     chunk:int=2048,
 )->pd.DataFrame:                    # a row a spectrum: 'chi2 KIND' and 'wmse KIND' for each of `KINDS`; NaN: not encoded, or no data there
     "Reduced χ² and weighted MSE of each spectrum's reconstruction, by kind of wavelength, per bin with data."
-    flux, ivar = _as_spectra(flux, ivar)
+    flux, ivar = as_spectra(flux, ivar)
     masks = np.array(list(wavelength_kinds().values())).T.astype(float)
     out = np.full((len(flux), 2 * len(KINDS)), np.nan)
-    rows = _usable_rows(flux, ivar, "nan")
+    rows = usable_rows(flux, ivar, "nan")
     for k in (rows[i:i + chunk] for i in range(0, len(rows), chunk)):
         x, w = coder.prepare(flux[k], ivar[k])
         model = coder.decode(coder.encode(flux[k], ivar[k]))
@@ -271,7 +263,7 @@ def reconstruction_scores(
 # %% ../nbs/06b_comparators.ipynb #35c0f171
 def _distance_from_truth(coder, flux, ivar, truth, chunk=2048):     # rms over all bins with data, and over all gaps; units of the norm
     total, count = np.zeros(2), np.zeros(2)
-    rows = _usable_rows(flux, ivar, "nan")
+    rows = usable_rows(flux, ivar, "nan")
     for k in (rows[i:i + chunk] for i in range(0, len(rows), chunk)):
         good = ivar[k] > 0
         x, _ = coder.prepare(flux[k], ivar[k])
@@ -286,7 +278,7 @@ def compare_coders(
     truth=None,                     # (N, 1000) noiseless spectra on the scale of flux, where they are known
 )->pd.DataFrame:                    # a row a coder; scores are per bin and have no unit, distances are in units of the norm
     "Means over spectra of `reconstruction_scores`, median reduced χ², and rms distance from the truth."
-    flux, ivar = _as_spectra(flux, ivar)
+    flux, ivar = as_spectra(flux, ivar)
     names, rows = dict(chi2="reduced χ²", wmse="weighted MSE"), {}
     for name, coder in coders.items():
         scores = reconstruction_scores(coder, flux, ivar)

@@ -154,17 +154,17 @@ def symmetric_product(
     return out
 
 class Scatter(torch.autograd.Function):
-    "Sum over the samples of (x - mean)(x - mean)ᵀ."
+    "Sum over the samples of (x - mean)(x - mean)ᵀ; `half`: its gradient is multiplied in bfloat16."
     @staticmethod
-    def forward(ctx, x, mean):
+    def forward(ctx, x, mean, half):
         x = x - mean.unsqueeze(-2)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x.bfloat16() if half else x)
         return symmetric_product(x)
 
     @staticmethod
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False): return x @ (g + g.mT), None
+        with torch.autocast(x.device.type, enabled=False): return (x @ (g + g.mT).to(x.dtype)).to(g.dtype), None, None
 
 # %% ../nbs/07_deconv.ipynb #94cc056e
 def together(
@@ -200,11 +200,12 @@ def moments(
     sync:bool=True,                 # over all processes
 ):                                  # mean (…, d), covariance (…, d, d) without eps, both float32 or float64
     "Mean and covariance of the samples."
+    half = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     with torch.autocast(x.device.type, enabled=False):
         x, n = x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-2]
         if together(sync): n = total(torch.full((), float(n), dtype=x.dtype, device=x.device))
         mean = total(x.sum(-2), sync) / n
-        return mean, total(Scatter.apply(x, mean.detach()), sync) / n
+        return mean, total(Scatter.apply(x, mean.detach(), half), sync) / n
 
 def whitening(
     x,                              # (…, n, d) samples

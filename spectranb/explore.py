@@ -17,7 +17,6 @@ from fastcore.basics import patch
 from scipy.stats import spearmanr
 
 from .core import REST_WAVELENGTH, BadInput
-from .data.spectra import infill
 
 # %% ../nbs/06f_explore.ipynb #e2d52f0c
 def _check_latents(
@@ -159,14 +158,12 @@ def _widgets():                     # the module `ipywidgets`; `BadInput` if it 
     return ipywidgets
 
 def unit_spectra(
-    vae,                            # `SpectrumVAE`: its basis fills the gaps
+    vae,                            # `SpectrumVAE`: it fills the gaps
     flux, ivar=None,                # (N, 1000) or (1000,), any positive scale; ivar 0 = no data
 ):                                  # (N, 1000) of mean square 1 as the coder sees them, NaN where there is no data
     "Observed spectra on the scale of decoded ones."
-    flux = np.atleast_2d(np.asarray(flux, float))
-    ivar = np.ones(flux.shape) if ivar is None else np.atleast_2d(np.asarray(ivar, float))
-    norm = np.sqrt(np.mean(infill(flux, ivar, vae.basis) ** 2, axis=1, keepdims=True))
-    return np.where(ivar > 0, flux / norm, np.nan)
+    x, scaled = vae.prepare(flux, ivar)
+    return np.where(scaled > 0, x, np.nan)
 
 # %% ../nbs/06f_explore.ipynb #050b99c7
 class LatentExplorer:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['N_PRIOR', 'ACTIVATIONS', 'CLIP', 'COLUMNS', 'REMEDIES', 'REFILLS', 'VAE_FORMAT', 'pixel_weights', 'kl_divergence',
-           'mmd', 'info_vae_loss', 'InfoVAE', 'start_from_pca', 'train_vae', 'check_spectra', 'TrainingSet',
-           'SpectrumVAE', 'latent_pca', 'latent_scatter', 'calibrate_posterior', 'reduced_chi2', 'plot_reconstructions']
+           'mmd', 'info_vae_loss', 'InfoVAE', 'start_from_pca', 'train_vae', 'as_spectra', 'check_spectra',
+           'usable_rows', 'fill_and_normalise', 'TrainingSet', 'SpectrumVAE', 'latent_pca', 'make_network',
+           'latent_scatter', 'calibrate_posterior', 'reduced_chi2', 'plot_reconstructions']
 
 # %% ../nbs/06_vae.ipynb #77bbf2cb
 import hashlib, json, platform, time
@@ -224,8 +225,10 @@ def train_vae(
     return pd.DataFrame(t.rows, columns=COLUMNS)
 
 # %% ../nbs/06_vae.ipynb #b156c719
-def _as_spectra(flux, ivar):
-    "Both as (N, 1000) arrays; `BadInput` where the shapes are wrong. No ivar: every bin has data."
+def as_spectra(
+    flux, ivar=None,                # (N, 1000) or (1000,); ivar None = data in every bin
+):                                  # both as (N, 1000) arrays
+    "Spectra as two arrays of one shape. Raises `BadInput` for wrong shapes and for what is not a number."
     flux = np.atleast_2d(np.asarray(flux))
     ivar = np.ones(flux.shape, np.float32) if ivar is None else np.atleast_2d(np.asarray(ivar))
     grid = f"{REST_WAVELENGTH[0]:.1f} to {REST_WAVELENGTH[-1]:.1f} Å, rest frame, vacuum, log10 λ = 3.53 + 0.00039 i"
@@ -252,14 +255,31 @@ def check_spectra(
     names=None,                     # what to call the rows; None: 'spectrum 0', …
 ):                                  # (N,) bool, which rows can be encoded; DataFrame of rejects: name, reason, remedy
     "Which spectra can be encoded, and why not the others. Raises `BadInput` for a wrong shape."
-    flux, ivar = _as_spectra(flux, ivar)
+    flux, ivar = as_spectra(flux, ivar)
     why = np.concatenate([_complaint(flux[i:i + 4096], ivar[i:i + 4096]) for i in range(0, len(flux), 4096)])
     bad = np.flatnonzero(why != "")
     call = lambda i: f"spectrum {i}" if names is None else str(names[i])
     return why == "", rejects_table([BadInput(call(i), str(why[i]), REMEDIES[why[i][:4]]) for i in bad])
 
+# %% ../nbs/06_vae.ipynb #u5ab1e01
+def usable_rows(
+    flux, ivar,                     # (N, 1000)
+    bad:str="raise",                # what to do about the others: "raise" `BadInput`, or "nan": go on without them
+):                                  # indices of spectra that can be encoded
+    "The rows to work on, in the two ways that all coders offer."
+    if bad not in ("raise", "nan"): raise BadInput("bad", f"is '{bad}'", "Choose 'raise' or 'nan'.")
+    usable, rejects = check_spectra(flux, ivar)
+    if bad == "raise" and len(rejects):
+        first, more = rejects.iloc[0], f" (and {len(rejects) - 1} more spectra cannot be encoded)" if len(rejects) > 1 else ""
+        raise BadInput(first["name"], first.reason + more, f"{first.remedy} `check_spectra` lists all, bad='nan' goes on without them.")
+    return np.flatnonzero(usable)
+
 # %% ../nbs/06_vae.ipynb #ecaff879
-def _prepare(flux, ivar, basis):    # (k, 1000) → filled spectra of mean square 1, ivar on their scale; float32
+def fill_and_normalise(
+    flux, ivar,                     # (k, 1000), any positive scale, 0 = no data; usable ones
+    basis:GapBasis,                 # fills the gaps
+):                                  # spectra of mean square 1, ivar on their scale; (k, 1000) float32
+    "Fill gaps by principal components, and divide by the RMS."
     filled = infill(np.asarray(flux, float), ivar, basis)
     norm = np.sqrt(np.mean(filled ** 2, axis=1, keepdims=True))
     return (filled / norm).astype(np.float32), np.minimum(np.asarray(ivar, float) * norm ** 2, 1e30).astype(np.float32)
@@ -284,7 +304,7 @@ class TrainingSet:
         progress:bool=True,
     ):                              # `TrainingSet`; takes 8 kB a spectrum
         "Check, fill, normalise and weigh. Raises `BadInput` for wrong shapes and for fewer than 100 usable spectra."
-        flux, ivar = _as_spectra(flux, ivar)
+        flux, ivar = as_spectra(flux, ivar)
         usable, rejects = check_spectra(flux, ivar)
         if usable.sum() < 100: raise BadInput("spectra", f"{usable.sum()} usable ones are too few to train on", "Give 100 or more; some thousands are needed for a good network.")
         rows = np.flatnonzero(usable)
@@ -293,7 +313,7 @@ class TrainingSet:
         x, weight = np.empty((2, len(rows), N_WAVE), np.float32)
         for i in range(0, len(rows), 2048):
             k, part = rows[i:i + 2048], slice(i, i + 2048)
-            filled, scaled = _prepare(flux[k], ivar[k], basis)
+            filled, scaled = fill_and_normalise(flux[k], ivar[k], basis)
             norm = np.sqrt(scaled.max(1) / np.maximum(np.asarray(ivar[k], float).max(1), 1e-300))[:, None]
             x[part], weight[part] = filled - basis.mean, pixel_weights(scaled, min_sigma / norm)
         return cls(torch.from_numpy(x), torch.from_numpy(weight), basis, rejects)
@@ -359,16 +379,21 @@ def prepare(self:SpectrumVAE,
     chunk:int=4096,                 # spectra at a time
 ):                                  # filled spectra of mean square 1, and their ivar; (N, 1000) float32
     "Spectra as the encoder sees them, on the scale of `decode`: what reconstructions are held against."
-    flux, ivar = _as_spectra(flux, ivar)
+    flux, ivar = as_spectra(flux, ivar)
     out = np.empty((2, *flux.shape), np.float32)
     for k in (slice(i, i + chunk) for i in range(0, len(flux), chunk)):
-        x, scaled = _prepare(flux[k], ivar[k], self.basis)
+        x, scaled = fill_and_normalise(flux[k], ivar[k], self.basis)
         out[0, k], divided = _refill(self.net, x, scaled > 0, self.basis.mean)
         out[1, k] = scaled * divided ** 2
     return out[0], out[1]
 
 # %% ../nbs/06_vae.ipynb #2734ae81
-def _make_network(data, seed, **sizes):     # initialised by seed, the linear path by PCA
+def make_network(
+    data:TrainingSet,               # whose PCA the linear path starts from
+    seed:int,
+    **sizes,                        # of `InfoVAE`: hidden, n_latent, activation, linear, variational
+)->InfoVAE:
+    "A network before training, the same for the same seed. Raises `BadInput` for more latents than components."
     n, k = sizes["n_latent"], len(data.basis.components)
     if sizes["linear"] and n > k: raise BadInput("n_latent", f"{n} latents, and a basis of {k} components to start their linear path from", "Make the `TrainingSet` with more `n_components`, or set linear=False.")
     with torch.random.fork_rng(devices=[]):
@@ -399,7 +424,7 @@ def fit(cls:SpectrumVAE,
     if not 0 < n_out <= n_latent: raise BadInput("n_out", f"{n_out}, with {n_latent} latents in the network", f"Give 1 to {n_latent}, or raise n_latent.")
     data = flux if isinstance(flux, TrainingSet) else TrainingSet.make(flux, ivar, basis, max(10, n_latent), progress=progress)
     if not variational: alpha, lam = 1.0, 0.0                        # leaves the reconstruction alone
-    net = _make_network(data, seed, hidden=hidden, n_latent=n_latent, activation=activation, linear=linear, variational=variational).to(device)
+    net = make_network(data, seed, hidden=hidden, n_latent=n_latent, activation=activation, linear=linear, variational=variational).to(device)
     x, weight = data.x.to(device), data.weight.to(device)
     history = train_vae(net, x, weight, seed=seed, progress=progress, alpha=alpha, lam=lam, **training)
     decode = lambda mu: _decoded(net, mu, device).numpy().astype(float)
@@ -414,13 +439,7 @@ def fit(cls:SpectrumVAE,
 # %% ../nbs/06_vae.ipynb #645dfb42
 @torch.no_grad()
 def _network_latents(vae, flux, ivar, bad, chunk):      # mean and variance of q(z|x), (N, n_latent) float64, NaN for a spectrum that cannot be encoded
-    if bad not in ("raise", "nan"): raise BadInput("bad", f"is '{bad}'", "Choose 'raise' or 'nan'.")
-    usable, rejects = check_spectra(flux, ivar)
-    if bad == "raise" and len(rejects):
-        first = rejects.iloc[0]
-        raise BadInput(first["name"], first.reason + (f" (and {len(rejects) - 1} more spectra cannot be encoded)" if len(rejects) > 1 else ""),
-                       f"{first.remedy} `check_spectra` lists all, bad='nan' goes on without them.")
-    out, rows = np.full((2, len(flux), vae.net.config["n_latent"]), np.nan), np.flatnonzero(usable)
+    out, rows = np.full((2, len(flux), vae.net.config["n_latent"]), np.nan), usable_rows(flux, ivar, bad)
     for k in (rows[i:i + chunk] for i in range(0, len(rows), chunk)):
         mu, logvar = vae.net.encode(torch.from_numpy(vae.prepare(flux[k], ivar[k])[0] - vae.basis.mean.astype(np.float32)))
         out[0, k], out[1, k] = mu.numpy(), logvar.double().exp().numpy()
@@ -435,7 +454,7 @@ def encode(self:SpectrumVAE,
     chunk:int=4096,                 # spectra at a time
 ):                                  # (N, n_out) or (n_out,) float32: zero mean and unit covariance over the training set
     "Whitened latents of spectra: gaps filled, RMS divided out, posterior mean, latent PCA."
-    mu = _network_latents(self, *_as_spectra(flux, ivar), bad, chunk)[0]
+    mu = _network_latents(self, *as_spectra(flux, ivar), bad, chunk)[0]
     t = ((mu - self.centre) @ self.whiten.T).astype(np.float32)
     return t[0] if np.ndim(flux) == 1 else t
 
@@ -450,7 +469,7 @@ def posterior(self:SpectrumVAE,
     if not self.net.variational: raise BadInput(self, "is a plain autoencoder and has no posterior", "Train with variational=True.")
     kept = self.info.get("posterior", {})
     if smooth and "smooth" not in kept: raise BadInput(self, "the errors of flux calibration were not measured for this coder", "Use `calibrate_posterior` with `distort`, or smooth=False.")
-    mu, var = _network_latents(self, *_as_spectra(flux, ivar), bad, chunk)
+    mu, var = _network_latents(self, *as_spectra(flux, ivar), bad, chunk)
     A = self.whiten * np.array(kept["factor"])[:, None] if calibrated and kept else self.whiten
     mean, cov = (mu - self.centre) @ self.whiten.T, np.einsum("ai,ni,bi->nab", A, var, A) + (np.array(kept["smooth"]) if smooth else 0)
     return (mean[0], cov[0]) if np.ndim(flux) == 1 else (mean, cov)
@@ -464,7 +483,7 @@ def latent_scatter(
     seed:int=0,
 ):                                  # (k, n_out, n_out) covariance of the latents of the draws; (k, n_out, n_out) mean of the encoder's own
     "What noise, or what smooth errors, do to latents."
-    clean, ivar = _as_spectra(clean, ivar)
+    clean, ivar = as_spectra(clean, ivar)
     rng, scatter, own = np.random.default_rng(seed), [], []
     for i, (f, v) in enumerate(zip(clean, ivar)):
         sigma = np.where(v > 0, 1 / np.sqrt(np.where(v > 0, v, 1)), 0)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .core import BadInput, atomic_write, write_json
 from .data.spectra import MODEL_VARIANCE
-from .vae import SpectrumVAE, TrainingSet, _make_network, kl_divergence, train_vae
+from .vae import SpectrumVAE, TrainingSet, make_network, kl_divergence, train_vae
 
 # %% ../nbs/06c_search.ipynb #924ffc02
 def _optuna():
@@ -196,7 +196,7 @@ def _run_trial(trial, train, held, held_weight, settings, config, device):      
         if trial.should_prune(): raise optuna.TrialPruned
     state, reason = "complete", ""
     try:
-        net = _make_network(train, s["seed"], hidden=config["hidden"], n_latent=config["n_latent"], activation=s["activation"], linear=s["linear"])
+        net = make_network(train, s["seed"], hidden=config["hidden"], n_latent=config["n_latent"], activation=s["activation"], linear=s["linear"])
         train_vae(net.to(device), train.x, train.weight, s["epochs"], s["batch_size"], config["lr"], valid=0, seed=s["seed"], lam=config["lam"],
                   callback=after_epoch, progress=False)
     except optuna.TrialPruned: state = "pruned"

@@ -120,22 +120,14 @@ def test_spectra_given_or_prepared_make_no_difference(noisy):
 
 # encoding: least squares ----------------------------------------------------------------------------------------------
 
-def test_pca_is_weighted_least_squares(coders, noisy):
-    pca = coders["pca"]
-    x, w = pca.prepare(*noisy[:2])
-    got = pca.encode(*noisy[:2])
+@pytest.mark.parametrize("name, mean, solve", [("pca", True, lambda A, y: np.linalg.lstsq(A, y, rcond=None)[0]), ("nmf", False, lambda A, y: nnls(A, y)[0])])
+def test_encoding_is_the_weighted_least_squares_of_numpy_and_scipy(coders, noisy, name, mean, solve):
+    coder = coders[name]
+    x, w = coder.prepare(*noisy[:2])
+    got = coder.encode(*noisy[:2])
     for i in range(0, 400, 57):
         root = np.sqrt(w[i].astype(float))
-        assert np.allclose(got[i], np.linalg.lstsq((root * pca.rows).T, root * (x[i] - pca.mean), rcond=None)[0], rtol=1e-4, atol=1e-4)
-
-
-def test_nmf_encoding_is_scipys_nnls(coders, noisy):
-    nmf = coders["nmf"]
-    x, w = nmf.prepare(*noisy[:2])
-    got = nmf.encode(*noisy[:2])
-    for i in range(0, 400, 57):
-        root = np.sqrt(w[i].astype(float))
-        assert np.allclose(got[i], nnls((root * nmf.rows).T, root * x[i])[0], rtol=1e-4, atol=1e-4)
+        assert np.allclose(got[i], solve((root * coder.rows).T, root * (x[i] - coder.mean if mean else x[i])), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pca", "nmf"])

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 
 from spectranb.core import N_WAVE, REST_WAVELENGTH, BadInput
 from spectranb.data.spectra import GapBasis
+from spectranb.vae import as_spectra, fill_and_normalise
 from spectranb.explore import (CLASSES, LatentExplorer, SpectrumStage, galaxy_class, interpolate, latent_correlations, mix, plot_correlations,
                                plot_interpolation, plot_latent_map, plot_traversals, traverse, truth_quantities, unit_spectra)
 
@@ -30,6 +31,8 @@ class Toy:
         z = np.asarray(z, float)
         s, c, line = z[..., :1], z[..., 1:2], z[..., 2:]
         return (1.5 + 0.2 * s * X + 0.1 * c * X ** 2 + 0.3 * line ** 2 * np.exp(-0.5 * ((REST_WAVELENGTH - REST_WAVELENGTH[PEAK]) / 8) ** 2)).astype(np.float32)
+
+    def prepare(self, flux, ivar=None): return fill_and_normalise(*as_spectra(flux, ivar), self.basis)
 
     def encode(self, flux, ivar=None): return np.array([[0.5, -0.25, 1.0], [-4.2, 0.0, 0.3]])[:len(np.atleast_2d(flux))]
 
