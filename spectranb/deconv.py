@@ -331,6 +331,7 @@ def check_images(
 ):
     "Raise `BadInput` when `x` is no batch of images that the layer can take."
     if x.ndim != 4: raise BadInput(name, f"input of shape {tuple(x.shape)}, (B, C, H, W) wanted", "Add the batch axis: `x[None]`.")
+    if x.shape[0] == 0: raise BadInput(name, "batch without images", "Pass at least one.")
     if x.shape[1] != in_channels:
         turned = " Or are the bands last? Then `x.permute(0, 3, 1, 2)`." if x.shape[3] == in_channels else ""
         raise BadInput(name, f"{x.shape[1]} channels, made for {in_channels}", f"Build the network with c_in={x.shape[1]}, or pass {in_channels} bands." + turned)

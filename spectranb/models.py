@@ -267,7 +267,6 @@ def check_batch(
     name, weight = type(net).__name__, next(net.parameters())
     if not isinstance(x, torch.Tensor): raise BadInput(name, f"{type(x).__name__} instead of a tensor", "Convert it with `torch.as_tensor`.")
     check_images(x, net.c_in, (least, least), name)
-    if x.shape[0] == 0: raise BadInput(name, "batch without images", "Pass at least one.")
     double = torch.float64 in (x.dtype, weight.dtype)
     if x.dtype != weight.dtype and (double or not torch.is_autocast_enabled(x.device.type)):
         raise BadInput(name, f"{x.dtype} images, {weight.dtype} weights", f"Convert the images with `x.to({weight.dtype})`, or use autocast for half precision.")

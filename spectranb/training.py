@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'centre_crop', 'bin_pixels', 'InputTransform', 'apply_d4', 'rotate', 'drop_bands', 'Images', 'Batches',
-           'TrueMSE', 'PublishedMSE', 'fast_precision', 'Autocast', 'StopWhenNotFinite', 'Progress',
+           'TrueMSE', 'PublishedMSE', 'fast_precision', 'keep_memory', 'Autocast', 'StopWhenNotFinite', 'Progress',
            'check_training_data', 'rmse_loss', 'make_learner', 'learning_curve', 'TrainedNetwork', 'train_network',
            'show_history']
 
 # %% ../nbs/09_training.ipynb #57cce7ab
-import json, math, time
+import ctypes, json, math, platform, time
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -213,8 +214,19 @@ def fast_precision(
     "The number format of convolutions that is fastest on a device."
     device = torch.device(device)
     if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and amx() else torch.float32
+    hardware = any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("amx_tile", "avx512_bf16"))
+    return torch.bfloat16 if device.type == "cpu" and hardware else torch.float32
+
+@contextmanager
+def keep_memory():
+    "Inside the `with` block, freed memory stays with the process (where the C library is glibc)."
+    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    def tell(mapped, trim, pad):
+        for parameter, value in ((-4, mapped), (-1, trim), (-2, pad)): libc.mallopt(parameter, value)      # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    if libc: tell(0, -1, 2 ** 28)
+    try: yield
+    finally:
+        if libc: tell(65536, 2 ** 17, 2 ** 17); libc.malloc_trim(0)
 
 # %% ../nbs/09_training.ipynb #a1b0432b
 class Autocast(Callback):
@@ -405,7 +417,8 @@ def train_network(
         torch.manual_seed(seed)
         learn = make_learner(train, valid, create_network(arch, n_out=targets.shape[1], **(net_kwargs or {})), loss, wd, precision=precision, progress=progress, log=log, cbs=cbs)
         start = time.perf_counter()
-        try: learn.fit_one_cycle(epochs, lr)
+        try:
+            with keep_memory() if device.type == "cpu" else nullcontext(): learn.fit_one_cycle(epochs, lr)
         except BadInput as e: raise BadInput(e.name, e.what, e.remedy) from None       # without fastai's wrapping
     settings |= dict(lr=lr, device=str(device), precision=str(precision), n_train=len(train_idx), n_valid=len(valid_idx), threads=torch.get_num_threads(),
                      seconds=round(time.perf_counter() - start, 1), torch=torch.__version__, net_kwargs=dict(n_out=targets.shape[1], **(net_kwargs or {})))

@@ -300,7 +300,7 @@ def test_traced_without_graph_breaks(make):
     torch.manual_seed(0)
     torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
     layer = make()
-    x = torch.randn(6, 12) if isinstance(layer, Delinear) else torch.randn(2, getattr(layer, "in_channels", 8), 9, 9)
+    x = torch.randn(6, 12) if isinstance(layer, Delinear) else torch.randn(8, getattr(layer, "in_channels", 8), 15, 15)   # more patches than numbers in one: fewer leave variances to rounding
     traced, plain = copy.deepcopy(layer), copy.deepcopy(layer)
     compiled, report = torch.compile(traced, fullgraph=True, backend="aot_eager"), torch._dynamo.utils.counters
     for mode in (True, True, True, True, False):
