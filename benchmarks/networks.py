@@ -338,7 +338,7 @@ def ablation_steps(nets, compiled):
     return steps
 
 
-KINDS = dict(convolution=("convolution", "conv2d"), mish=("mish",), pooling=("pool",), patches=("im2col", "col2im", "addmm", "aten::mm", "aten::bmm", "unfold", "patches"), norm=("batch_norm",))
+KINDS = dict(convolution=("convolution", "conv2d"), mish=("mish", "sigmoid", "addcmul", "reciprocal", "square"), pooling=("pool",), patches=("im2col", "col2im", "addmm", "aten::mm", "aten::bmm", "unfold", "patches"), norm=("batch_norm",))
 
 def shares(step, device, rounds=2):
     "{kind of operation: share of the time of step()}"
@@ -419,19 +419,25 @@ def scaling(args, clock):
                 runs[kind] = inference(net, OURS, x, True) if "inference" in kind else training(net, OURS if make else (), x, y)
             for f in runs.values(): f()
             for kind, t in interleave(runs, max(3, args.rounds // 2), clock).items(): curves[kind].append(1e3 * min(t))
-        for kind, ms in curves.items():
-            if not ms: continue
-            power = math.log(ms[-1] / ms[-3]) / math.log(values[-1] / values[-3])
-            print(f"{axis:6s} {kind:22s} " + " ".join(f"{v}: {t:.0f} ms" for v, t in zip(values, ms)) + f"   grows as {axis}^{power:.2f} at the end")
-            ax.loglog(values, ms, "o-", ms=3, label=kind)
-        ideal = dict(batch=1, size=2, width=2)[axis]
-        top = curves["our hybrid"][-1]
-        ax.loglog(values, [top * (v / values[-1]) ** ideal for v in values], "k:", lw=1, label=f"∝ {axis}$^{ideal}$")
-        ax.set(xlabel=dict(batch="images a batch", size="image size [pixels]", width="width of the stages")[axis],
-               title=", ".join(f"{k} {w}" for k, w in still.items() if k != axis)); ax.set_xticks(values, values); ax.minorticks_off(); ax.legend(fontsize=7)
+        draw_scaling(ax, axis, values, curves, still)
     axes[0].set(ylabel="time of a step [ms]")
     fig.tight_layout(); fig.savefig(args.figure, dpi=130)
     print(f"figure: {args.figure}")
+
+
+def draw_scaling(ax, axis, values, curves, still):
+    "One panel: time of a step against batch, size or width, and the power law it should follow."
+    for i, (kind, ms) in enumerate(curves.items()):
+        if not ms: continue
+        power = math.log(ms[-1] / ms[-3]) / math.log(values[-1] / values[-3])
+        print(f"{axis:6s} {kind:22s} " + " ".join(f"{v}: {t:.0f} ms" for v, t in zip(values, ms)) + f"   grows as {axis}^{power:.2f} at the end")
+        ax.loglog(values, ms, "o-", ms=3, color=f"C{i}", label=kind)
+    ideal = dict(batch=1, size=2, width=2)[axis]
+    top = curves["our hybrid"][-1]
+    ax.loglog(values, [top * (v / values[-1]) ** ideal for v in values], "k:", lw=1, label=f"∝ {axis}" + f"$^{ideal}$" * (ideal > 1))
+    units = dict(batch=" images a batch", size=" pixels", width=" × the width")
+    ax.set(xlabel=dict(batch="images a batch", size="image size [pixels]", width="width of the stages")[axis], title=", ".join(f"{w}{units[k]}" for k, w in still.items() if k != axis))
+    ax.set_xticks(values, values); ax.minorticks_off(); ax.legend(fontsize=7)
 
 
 def profile_report(args, compiled):
