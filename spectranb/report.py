@@ -202,7 +202,7 @@ def spectra_section(cutouts, prediction, truth, ceiling=None, field=None):
         + figure_html(gallery(cutouts, prediction, truth, field=field), "Colour pictures of eight galaxies, each beside its predicted spectrum in red with a band of one sigma, over the true spectrum in black",
                       "Left: i, r, g as red, green, blue; the dotted frame is what the network looks at. Right: predicted spectrum with ±1σ (red), true spectrum without noise (black); flux density divided by its rms.")
         + figure_html(residual_figure(prediction, truth, ceiling), "Two panels against wavelength: median and scatter of the residuals; rms errors of the mean spectrum, the network, its stated sigma and the VAE",
-                      "Above: residuals of all held-out galaxies. Below: rms error by wavelength. The stated σ should follow the network's error; no network can be better than the reconstruction of the observed spectrum (black)."))
+                      "Above: residuals of all held-out galaxies. Below: rms error by wavelength. The stated σ should follow the network's error; the reconstruction of the observed spectrum (black) has the error that six latents leave when the spectrum itself is known."))
 
 # %% ../nbs/13_report.ipynb #c9416922
 def metrics_section(table, text="", bold=None):
@@ -220,12 +220,12 @@ def learning_section(history, config):
     what = ", ".join(f"{k} {config[k]}" for k in ("arch", "crop", "bin", "epochs", "lr", "batch_size", "wd", "band_dropout", "seed") if k in config)
     return Section("Learning curves", figure_html(fig, "Mean squared error against epoch for training and held-out galaxies", f"Settings: {what}."))
 
-# %% ../nbs/13_report.ipynb #60fb7f98
+# %% ../nbs/13_report.ipynb #4a51c9c4
 def errors_section(judged, n):
     "Coverage of the stated errors; `judged`: name of the yardstick -> table of `coverage`."
     table = pd.concat([t.add_prefix(f"{name}: ") for name, t in judged.items()], axis=1)
     return Section("Are the errors honest?", paragraphs(f"Share of the flux values within ±1σ and ±2σ of the prediction, for {n:,} held-out galaxies that did not take part in calibrating σ. Wanted: 0.683 and 0.954.",
-        "Against the observed spectra their noise is added to σ. Against the noiseless truth of a simulation σ is somewhat too wide, for it includes the smooth calibration errors of the observed spectra from which it was learned." if len(judged) > 1 else "") + table_html(table))
+        "Against the observed spectra their noise is added to σ. Against the noiseless truth of a simulation σ may be too wide: it was fitted to observed spectra, and their smooth calibration errors, which are no part of the noise, would count as errors of the prediction. How much they explain was not measured." if len(judged) > 1 else "") + table_html(table))
 
 def bands_section(removal):
     "What each band is worth."
