@@ -1,12 +1,16 @@
 "Training: stretch, augmentation, loaders, reproducibility, bundles, and everything that can be wrong with the input."
-import copy, json
+import json, subprocess, sys, threading, time
 
 import numpy as np, pandas as pd, pytest, torch
+from scipy import ndimage
+from scipy.stats import chi2
+from sklearn.metrics import r2_score, root_mean_squared_error
 from torch import nn
 
 from spectranb.core import BadInput
-from spectranb.training import (Batches, Images, InputTransform, PublishedMSE, TrainedNetwork, TrueMSE, apply_d4, bin_pixels, centre_crop, check_training_data, drop_bands,
-                                fast_precision, make_learner, rotate, train_network)
+from spectranb.loading import asinh, read_ahead, resident_bytes
+from spectranb.training import (PUBLISHED, Batches, Images, InputTransform, LatentR2, LatentRMSE, PublishedMSE, TrainedNetwork, TrueMSE, apply_d4, bin_pixels, centre_crop,
+                                check_training_data, drop_bands, fast_precision, make_batches, make_learner, peak_lr, rotate, train_network)
 
 torch.set_num_threads(1)
 
@@ -54,15 +58,29 @@ def test_transform_complains():
     with pytest.raises(BadInput, match="pixels of a band are equal"): InputTransform.fit(np.zeros((3, 5, 20, 20), np.float32), crop=16)
 
 
+def test_stretch_is_lupton_s_asinh_and_goes_with_the_model(toy, trained, tmp_path):
+    softening, mean, std = [np.array(v)[:, None, None] for v in ([.1, .2, .3, .4, .5], [0, 1, 2, 3, 4], [1, 2, 3, 4, 5])]
+    t = InputTransform(softening, mean, std, crop=20)
+    np.testing.assert_allclose(t(torch.from_numpy(toy[0])), (np.arcsinh(toy[0].astype(float) / softening) - mean) / std, rtol=1e-5, atol=1e-5)
+    trained.save(tmp_path)
+    loaded = TrainedNetwork.load(tmp_path).transform
+    assert torch.equal(loaded.softening, trained.transform.softening) and (loaded.softening > 0).all() and torch.equal(loaded.std, trained.transform.std)
+
+def test_asinh_is_exact_to_rounding():
+    x = torch.cat([-torch.logspace(-30, 15, 5000), torch.zeros(1), torch.logspace(-30, 15, 5000)])
+    np.testing.assert_allclose(asinh(x).double(), np.arcsinh(x.double().numpy()), rtol=2.5e-7)
+    assert asinh(torch.tensor(torch.nan)).isnan()
+    x = torch.linspace(-3, 3, 8).requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(asinh(x).sum(), x)[0], 1 / (1 + x ** 2).sqrt())
+
+
 # --- augmentation ---
-def test_d4_is_a_group_and_drawn_evenly():
+def test_d4_is_a_group():
     x = torch.randn(8, 5, 7, 7)
     views = apply_d4(x[:1].expand(8, -1, -1, -1), torch.arange(8))
     assert len({v.numpy().tobytes() for v in views}) == 8
     again = {w.numpy().tobytes() for k in range(8) for w in apply_d4(views, torch.full((8,), k))}
     assert again == {v.numpy().tobytes() for v in views}                        # closed under composition
-    counts = torch.bincount(torch.randint(8, (80_000,), generator=torch.Generator().manual_seed(0)), minlength=8)
-    assert (counts - 10_000).abs().max() < 5 * 100
     x[0, 0, 2, 3] = torch.nan
     assert apply_d4(x, torch.arange(8)).isnan().sum() == 1
 
@@ -72,6 +90,46 @@ def test_each_image_has_its_own_symmetry(toy):
     plain = images[np.arange(64)]
     kind = [[torch.equal(apply_d4(plain[i:i + 1], torch.tensor([k]))[0], x[i]) for k in range(8)].index(True) for i in range(64)]
     assert set(kind) == set(range(8))
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_all_symmetries_equally_often(world):
+    n, rng = 64, np.random.default_rng(0)
+    images = Images(rng.normal(size=(n, 5, 4, 4)).astype(np.float32), np.arange(n), InputTransform(np.full(5, 1e3), np.zeros(5), np.full(5, 1e-3), crop=4))
+    views = torch.stack([apply_d4(images[np.arange(n)], torch.full((n,), k)) for k in range(8)], 1)
+    counts, loader = torch.zeros(8), Batches(images, np.arange(n)[:, None], 32, augment=True, shuffle=True, rank=world - 1, world=world)
+    for _ in range(100):
+        for x, y in loader: counts += torch.bincount((views[y[:, 0].long()] - x[:, None]).abs().amax((2, 3, 4)).argmin(1), minlength=8)
+    assert counts.sum() == 100 * n / world
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < chi2.ppf(0.9999, 7)
+
+@pytest.mark.parametrize("size", [224, 112, 65])
+def test_a_galaxy_at_the_centre_stays_there(size):
+    places = np.array([(size // 2 + a, size // 2 + b) for a in (-.5, 0, .5) for b in (-.5, 0, .5)])
+    row, column = np.mgrid[:size, :size]
+    x = torch.from_numpy(np.stack([np.exp(-((row - r) ** 2 + (column - c) ** 2) / 40) for r, c in places]))[:, None].float()
+    angle = np.linspace(-10, 10, 9)
+    turned = rotate(x, torch.from_numpy(angle))[:, 0].numpy()
+    found = np.array([ndimage.center_of_mass(t) for t in turned])
+    middle, a = (size - 1) / 2, np.radians(angle)
+    d = places - middle                                                          # rows count upwards: counter-clockwise on the array turns (row, column) so
+    expected = middle + np.stack([d[:, 0] * np.cos(a) - d[:, 1] * np.sin(a), d[:, 0] * np.sin(a) + d[:, 1] * np.cos(a)], 1)
+    np.testing.assert_allclose(found, expected, atol=0.01)
+    assert np.linalg.norm(found - places, axis=1).max() < 0.25
+
+def test_rotation_agrees_with_scipy():
+    x = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(64, 64)), 3)
+    ours = rotate(torch.from_numpy(x)[None, None], torch.tensor([8.0]))[0, 0].numpy()
+    theirs = ndimage.rotate(x, 8, reshape=False, order=1)
+    assert np.abs(ours - theirs)[10:-10, 10:-10].max() < 1e-5
+
+def test_missing_pixels_stay_missing_through_everything():
+    cutouts = np.random.default_rng(0).normal(1, 0.1, (40, 5, 32, 32)).astype(np.float16)
+    cutouts[:, 4], cutouts[:, 1, 8:24, 8:24] = np.nan, np.nan
+    images = Images(cutouts, np.arange(40), InputTransform(np.ones(5), np.full(5, 20.0), np.ones(5), crop=32))        # what is there is near -19
+    for x, _ in Batches(images, np.zeros((40, 1)), 20, augment=True, rotate=10, shuffle=True):
+        assert (x[:, 4] == 0).all() and (x[:, 1, 12:20, 12:20] == 0).all() and x.isfinite().all()
+        assert (x[:, (0, 2, 3)] < -18).all() and ((x[:, 1] == 0) | (x[:, 1] < -18)).all()      # no mixture of data and nothing
+        assert ((x[:, 1] == 0).sum((1, 2)) >= 16 * 16).all()
 
 def test_rotation_turns_about_the_centre_and_keeps_the_mask():
     x = torch.randn(2, 1, 21, 21)
@@ -112,7 +170,119 @@ def test_batches_cover_every_galaxy_and_repeat(toy):
     assert torch.equal(torch.cat([y for _, y in train])[:, 0], second)
 
 
+def mapped(tmp_path, cutouts):
+    np.save(tmp_path / "c.npy", cutouts)
+    return np.load(tmp_path / "c.npy", mmap_mode="r")
+
+AUGMENTED = dict(augment=True, rotate=10, band_dropout=0.3, shuffle=True, seed=7)
+
+@pytest.mark.parametrize("keep", [0, 1e9])
+def test_processes_share_each_batch(tmp_path, toy, keep):
+    images = Images(mapped(tmp_path, toy[0]), np.arange(100), InputTransform.fit(toy[0], crop=16), keep=keep)
+    targets = np.arange(100.0)[:, None]
+    single = list(Batches(images, targets, 24, **AUGMENTED))
+    shares = [list(Batches(images, targets, 24, **AUGMENTED, rank=r, world=4)) for r in range(4)]
+    assert [len(s) for s in shares] == [4] * 4 and all(len(y) == 6 for s in shares for _, y in s)
+    for k, (x, y) in enumerate(single):
+        parts = [s[k] for s in shares]
+        assert sorted(torch.cat([y for _, y in parts])[:, 0].tolist()) == sorted(y[:, 0].tolist())           # disjoint, and together the same
+        found = {int(t): image for xs, ys in parts for image, t in zip(xs, ys[:, 0])}
+        assert all(torch.equal(found[int(t)], image) for image, t in zip(x, y[:, 0]))                        # turned alike too
+    valid = [Batches(images, targets, 12, rank=r, world=6) for r in range(6)]                                # 100 = 8 · 12 + 4: the last batch is for four
+    assert [len(v) for v in valid] == [len(list(v)) for v in valid] == [9, 9, 9, 9, 8, 8]
+    assert sorted(t for v in valid for _, y in v for t in y[:, 0].tolist()) == list(range(100))
+
+def test_state_goes_on_in_another_process_s_place(toy):
+    images = Images(toy[0], np.arange(100), InputTransform.fit(toy[0], crop=16))
+    a, b = [Batches(images, toy[1][:100], 32, **AUGMENTED) for _ in range(2)]
+    list(a); list(a)
+    state = json.loads(json.dumps(a.state_dict()))                              # numbers only
+    b.load_state_dict(state)
+    for (x, y), (u, v) in zip(a, b, strict=True): assert torch.equal(x, u) and torch.equal(y, v)
+    for name, value in dict(seed=8, images=99, batch_size=16).items():
+        with pytest.raises(BadInput, match=f"made with {name} = {value}"): a.load_state_dict(state | {name: value})
+
+@pytest.mark.parametrize("change, words", [(dict(batch_size=30, world=4), "30 cannot be shared by process 0 of 4"), (dict(rank=2, world=2), "process 2 of 2"),
+                                           (dict(batch_size=128), "100 are less than a batch of 128"), (dict(targets=np.zeros((99, 1))), "99 rows for 100 images")])
+def test_bad_batches_are_named(toy, change, words):
+    images = Images(toy[0], np.arange(100), InputTransform.fit(toy[0], crop=16))
+    with pytest.raises(BadInput, match=words): Batches(**dict(images=images, targets=np.zeros((100, 1)), batch_size=32, shuffle=True) | change)
+
+def test_rows_are_read_in_the_order_of_the_disk(toy):
+    class Noted(np.ndarray):
+        def __getitem__(self, i): rows.append(i); return super().__getitem__(i)
+    images, rows = Images(toy[0], np.arange(159, -1, -1), InputTransform.fit(toy[0], crop=16), keep=0), []
+    images.cutouts = images.cutouts.view(Noted)
+    pick = np.random.default_rng(0).permutation(160)[:50]
+    raw = images.fetch(pick)
+    assert rows == sorted(rows) and len(rows) == 50 and np.array_equal(raw.numpy(), toy[0][159 - pick, :, 2:18, 2:18])
+
+def test_what_may_stay_in_memory(toy):
+    transform, bytes_ = InputTransform.fit(toy[0], crop=16), 160 * 5 * 16 * 16 * 2
+    assert Images(toy[0], np.arange(160), transform, keep=bytes_).kept.nbytes == bytes_ and Images(toy[0], np.arange(160), transform, keep=bytes_ - 1).kept is None
+    assert resident_bytes("cpu") == 2e9
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 50])
+def test_read_ahead_keeps_order_and_depth(depth):
+    running, most, lock = 0, 0, threading.Lock()
+    def work(k):
+        nonlocal running, most
+        with lock: running += 1; most = max(most, running)
+        time.sleep(0.001 * (k % 3))
+        with lock: running -= 1
+        return -k
+    assert list(read_ahead(work, range(30), depth)) == [-k for k in range(30)] and most <= max(1, depth)
+
+def test_read_ahead_reads_no_further_than_asked():
+    begun = []
+    stream = read_ahead(begun.append, range(100), 3)
+    next(stream); time.sleep(0.05)
+    assert len(begun) == 4
+    stream.close()
+    assert len(begun) == 4
+
+class Broken(Images):
+    def fetch(self, positions):
+        if 40 in positions: raise OSError("input/output error")
+        return super().fetch(positions)
+
+def test_an_error_while_reading_reaches_the_user(toy):
+    before = threading.active_count()
+    transform = InputTransform.fit(toy[0], crop=16)
+    loader = Batches(Broken(toy[0], np.arange(100), transform, keep=0), toy[1][:100], 16)
+    seen = []
+    with pytest.raises(OSError, match="input/output"):
+        for x, _ in loader: seen.append(len(x))
+    assert seen == [16, 16] and threading.active_count() == before
+    with pytest.raises(OSError, match="input/output"): Broken(toy[0], np.arange(100), transform)               # while they are made resident
+    train, valid = Batches(Broken(toy[0], np.arange(100), transform, keep=0), toy[1][:100], 16, shuffle=True), Batches(Images(toy[0], np.arange(100, 160), transform), toy[1][100:], 16)
+    from spectranb.models import simple_cnn
+    with pytest.raises(OSError, match="input/output"): make_learner(train, valid, simple_cnn()).fit(1, 1e-3)
+    assert threading.active_count() == before
+
+def test_an_early_stop_leaves_no_thread(toy):
+    loader = Batches(Images(toy[0], np.arange(160), InputTransform.fit(toy[0], crop=16), keep=0), toy[1], 16)
+    before = threading.active_count()
+    for _ in loader: break
+    stream = iter(loader); next(stream); stream.close()
+    assert threading.active_count() == before
+
+def test_a_program_that_stops_in_mid_epoch_ends():
+    program = "import time; from spectranb.loading import read_ahead; s = read_ahead(lambda k: time.sleep(0.01), range(10**6)); next(s); raise SystemExit(3)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=100).returncode == 3
+
+
 # --- metrics ---
+def test_latent_metrics_agree_with_sklearn():
+    rng = np.random.default_rng(0)
+    target = rng.normal(3, 1, (90, 6)); pred = target + rng.normal(0, 0.5, (90, 6))
+    for k in range(6):
+        for metric, reference in ((LatentRMSE(k), root_mean_squared_error), (LatentR2(k), r2_score)):
+            metric.reset()
+            assert metric.value is None
+            for a in range(0, 90, 32): metric.accumulate(type("Learn", (), dict(pred=torch.tensor(pred[a:a + 32]), y=torch.tensor(target[a:a + 32]))))
+            assert metric.value == pytest.approx(reference(target[:, k], pred[:, k])) and metric.name in (f"rmse_{k + 1}", f"r2_{k + 1}")
+
 def test_metrics_by_hand(toy):
     true, published = TrueMSE(), PublishedMSE()
     class Learn: pass
@@ -129,7 +299,7 @@ def test_metrics_by_hand(toy):
 # --- training ---
 def test_it_learns_and_reports(trained, toy):
     h = trained.history
-    assert list(h.columns) == ["epoch", "train_loss", "valid_loss", "mse", "published_mse"] and h.epoch.tolist() == [1, 2] and np.isfinite(h.to_numpy()).all()
+    assert list(h.columns) == ["epoch", "train_loss", "valid_loss", "mse", "published_mse", *(f"rmse_{k}" for k in range(1, 7)), *(f"r2_{k}" for k in range(1, 7))] and h.epoch.tolist() == [1, 2] and np.isfinite(h.to_numpy()).all()
     longer = train_network(*toy, np.arange(128), np.arange(128, 160), **SMALL | dict(epochs=12, batch_size=16, loss="rmse", band_dropout=0))
     assert longer.history.mse.iloc[-1] < 0.75 * longer.history.mse.iloc[0]
     assert longer.config["lr"] == 0.03 and longer.config["n_train"] == 128
@@ -156,6 +326,35 @@ def test_fast_precision_answers(): assert fast_precision("cpu") in (torch.bfloat
 def test_nan_loss_stops_with_a_reason(toy):
     with pytest.raises(BadInput, match="in epoch 1, batch"): train_network(*toy, np.arange(128), np.arange(128, 160), **SMALL | dict(lr=1e30))
 
+def test_a_dead_network_is_noticed(toy):
+    class Dead(nn.Module):
+        def __init__(self): super().__init__(); self.out = nn.Parameter(torch.zeros(6))
+        def forward(self, x): return self.out.expand(len(x), 6)
+    transform = InputTransform.fit(toy[0], crop=16)
+    learn = make_learner(*make_batches(*toy, np.arange(128), np.arange(128, 160), transform, batch_size=32), Dead())
+    with pytest.raises(BadInput, match="all 32 validation galaxies got the same prediction in 2 epochs, up to epoch 2"): learn.fit(4, 1e-3)
+    learn.fit(1, 1e-3)                                                          # one epoch is no proof
+
+def test_published_settings(toy):
+    assert (PUBLISHED["crop"], PUBLISHED["batch_size"], PUBLISHED["wd"], PUBLISHED["rotate"], PUBLISHED["epochs"]) == (224, 128, 1e-2, 10, 10)
+    assert [peak_lr(a) for a in ("xresnet18", "xresnet18_hybrid", "xresnet18_deconv", "simple_cnn", "simple_deconv")] == [3e-2, 3e-2, 3e-3, 3e-2, 3e-2]
+    net = train_network(*toy, np.arange(128), np.arange(128, 160), "simple_cnn", **PUBLISHED | dict(crop=16, batch_size=32, epochs=1), progress=False)
+    assert net.config["loss"] == "rmse" and len(net.history) == 1 and "classes" not in net.config
+
+def test_streamed_training_is_resident_training(toy, tmp_path):
+    "Two processes' worth of what may differ: where the images are, not what is learned."
+    cutouts = mapped(tmp_path, toy[0])
+    a, b = [train_network(cutouts, toy[1], np.arange(128), np.arange(128, 160), keep=keep, rotate=10, **SMALL) for keep in (None, 0)]
+    np.testing.assert_allclose(a.history, b.history, rtol=0.02, atol=0.01)      # float16 beside float32 images
+
+CLASSES = np.array(["GALAXY"] * 150 + ["QSO"] * 10)
+
+def test_a_class_left_out_is_named(toy):
+    with pytest.raises(BadInput, match="10 of class QSO in the validation part, none in the training part"):
+        train_network(*toy, np.arange(128), np.arange(128, 160), classes=CLASSES, **SMALL)
+    with pytest.warns(UserWarning, match=r"no galaxy to validate on of class QSO \(10 in the training part\)"): check_training_data(*toy, np.arange(32, 160), np.arange(32), classes=CLASSES)
+    check_training_data(*toy, np.arange(10, 155), np.r_[:10, 155:160], classes=CLASSES)
+
 def test_other_targets_and_networks(toy):
     net = train_network(toy[0], toy[1][:, :2], np.arange(128), np.arange(128, 160), net_kwargs=dict(widths=(8, 8, 8)), **SMALL | dict(arch="simple_deconv"))
     assert net.predict(toy[0][:3]).shape == (3, 2)
@@ -163,7 +362,8 @@ def test_other_targets_and_networks(toy):
 @pytest.mark.parametrize("change, words", [
     (dict(targets=np.full((160, 6), np.nan)), "160 rows have NaN"), (dict(targets=np.ones((160, 6))), r"column \[0, 1, 2, 3, 4, 5\] is constant"),
     (dict(valid_idx=np.arange(120, 160)), "8 galaxies are in both parts"), (dict(train_idx=np.arange(20)), "less than a batch of 32"),
-    (dict(targets=np.ones((159, 6))), "159 rows for 160 cutouts"), (dict(valid_idx=np.array([150, 160])), "of 160 galaxies"), (dict(cutouts=np.zeros((160, 20, 20))), "bands, H, W"),
+    (dict(targets=np.ones((159, 6))), "159 rows for 160 cutouts"), (dict(valid_idx=np.array([], int)), "no galaxies to validate on"),
+    (dict(targets=np.where(np.arange(160)[:, None] < 128, 1.0, np.random.randn(160, 6))), "is constant"), (dict(targets=np.where(np.arange(960).reshape(160, 6) == 300, np.nan, 1.0)), "1 rows have NaN"), (dict(valid_idx=np.array([150, 160])), "of 160 galaxies"), (dict(cutouts=np.zeros((160, 20, 20))), "bands, H, W"),
     (dict(arch="resnet"), "no network known"), (dict(crop=64), "smaller than the crop")])
 def test_bad_training_data_is_named(toy, change, words):
     good = dict(cutouts=toy[0], targets=toy[1], train_idx=np.arange(128), valid_idx=np.arange(128, 160), **SMALL)
