@@ -5,8 +5,8 @@
 
 Images a second, from disk to batches that the network can take, each with the stretch, the eight symmetries of the square and turns of up to 10°:
 
-(i)   as published: one .npy a galaxy, read by `np.load` in a map-style Dataset, each image stretched and turned by itself on the
-      processor, put together by torch's DataLoader (`--workers` processes; 0: in this one);
+(i)   as published: one .npy a galaxy, read by `np.load` in a map-style Dataset, each image stretched (NumPy's arcsinh) and turned by
+      itself on the processor, put together by torch's DataLoader (`--workers` processes; 0: in this one);
 (ii)  ours, stretched images resident on the device (`Images`, `Batches`);
 (iii) ours, read ahead from the memory map, stretched and turned on the device batch by batch.
 
@@ -15,11 +15,13 @@ precision of `fast_precision`) on a batch that is there already, and the same st
 waiting. The loader should deliver at least 1.5 times what the step takes.
 
 Contenders take turns within each round, the order moves on by one each round, and a ratio is the median over rounds of two times
-of the same round: other work on the machine changes the figures and hardly the ratios. `--cold` drops the files from the system's
+of the same round: other work on the machine changes the figures and hardly the ratios. On a CPU all run with freed memory kept by
+the process (`keep_memory`), as `train_network` does. `--cold` drops the files from the system's
 cache before each turn, as when a survey is larger than memory. The images are noise with a blob; they lie in a temporary folder that is removed.
 """
 import argparse
 import contextlib
+import mmap
 import os
 import platform
 import resource
@@ -51,8 +53,9 @@ def make_images(folder, n, size):
     return np.load(folder / "cutouts.npy", mmap_mode="r"), files
 
 
-def forget(files):
-    "Drop files from the system's cache of the disk."
+def forget(mapped, files):
+    "Drop files, one of them mapped, from the system's cache of the disk."
+    mapped._mmap.madvise(mmap.MADV_DONTNEED)                             # pages that a process has mapped are not dropped
     for file in files:
         with open(file, "rb") as f:
             os.fsync(f.fileno()); os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -65,7 +68,8 @@ class OneFileEach(Dataset):
 
     def __getitem__(self, i):
         from spectranb.loading import rotate
-        x = self.transform.stretch(torch.from_numpy(np.load(self.files[i]))[None])
+        softening, mean, std = (v.numpy() for v in (self.transform.softening, self.transform.mean, self.transform.std))
+        x = torch.from_numpy((np.arcsinh(np.load(self.files[i]).astype(np.float32) / softening) - mean) / std)[None]
         x = torch.rot90(x, int(torch.randint(4, ())), (-2, -1))
         if torch.rand(()) < 0.5: x = x.flip(-1)
         x = rotate(x, 20 * torch.rand(1) - 10)
@@ -101,14 +105,12 @@ class Training:
         self.device, self.precision = args.device, fast_precision(args.device)
 
     def __call__(self, batches):
-        from spectranb.training import keep_memory
         n = 0
-        with keep_memory() if self.device == "cpu" else contextlib.nullcontext():
-            for x, y in batches:
-                with torch.autocast(self.device, self.precision, enabled=self.precision != torch.float32): out = self.net(x)
-                F.mse_loss(out.float(), y).backward()
-                self.opt.step(); self.opt.zero_grad()
-                n += len(x)
+        for x, y in batches:
+            with torch.autocast(self.device, self.precision, enabled=self.precision != torch.float32): out = self.net(x)
+            F.mse_loss(out.float(), y).backward()
+            self.opt.step(); self.opt.zero_grad()
+            n += len(x)
         return n
 
 
@@ -170,6 +172,7 @@ def parse():
 
 
 def main():
+    from spectranb.training import keep_memory
     args = parse()
     where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     print(f"torch {torch.__version__}, {where}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the start")
@@ -179,7 +182,8 @@ def main():
         runs, ahead = contenders(args, cutouts, files)
         train, (batch,) = Training(args), list(few(ahead, 1))
         runs |= {"training step, batch at hand": lambda: train([batch] * args.steps), "training step, fed by (iii)": lambda: train(few(ahead, args.steps))}
-        figures = measure(args, runs, (lambda: forget([Path(folder) / "cutouts.npy", *files])) if args.cold else (lambda: None))
+        with keep_memory() if args.device == "cpu" else contextlib.nullcontext():
+            figures = measure(args, runs, (lambda: forget(cutouts, [Path(folder) / "cutouts.npy", *files])) if args.cold else (lambda: None))
     report(args, figures)
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"load {os.getloadavg()[0]:.1f} at the end; peak memory {peak:.2f} GiB" + (" of the GPU" if args.device == "cuda" else ""))

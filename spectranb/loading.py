@@ -45,12 +45,11 @@ def bin_pixels(
 
 # %% ../nbs/09a_loading.ipynb #91465a88
 def asinh(
-    x,                              # tensor; beyond 1e19 the answer is NaN
+    x,                              # float32 tensor
 ):                                  # tensor of the same shape
-    "Inverse hyperbolic sine, to rounding."
-    a = x.abs()
-    square = a * a
-    return torch.log1p(a + square / (1 + (1 + square).sqrt())).copysign(x)
+    "Inverse hyperbolic sine, in the quickest way."
+    if x.device.type != "cpu" or x.requires_grad or torch.compiler.is_compiling(): return x.asinh()
+    return torch.from_numpy(np.asarray(np.arcsinh(x.numpy())))
 
 # %% ../nbs/09a_loading.ipynb #65e473cd
 class InputTransform(nn.Module):
@@ -116,11 +115,17 @@ def apply_d4(
 def rotate(
     x,                              # (B, C, H, H), NaN allowed
     degrees,                        # (B,) counter-clockwise on the array
+    element=None,                   # (B,) as in `apply_d4`, which it saves: done before the turn
 ):                                  # (B, C, H, H)
     "Turn each image about its centre, bilinearly; corners are filled by reflection, NaN spreads to every pixel it contributes to."
     angle = torch.deg2rad(degrees.to(x))
-    c, s, o = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    grid = F.affine_grid(torch.stack([torch.stack([c, -s, o], 1), torch.stack([s, c, o], 1)], 1), list(x.shape), align_corners=False)
+    c, s = angle.cos(), angle.sin()
+    look = torch.stack([c, -s, s, c], 1).view(-1, 2, 2)                      # (column, row) of the old image for those of the new
+    if element is not None:
+        element = element.to(x.device)
+        look = torch.where((element & 4 > 0)[:, None, None], look.flip(1), look)
+        look = look * torch.stack([1 - 2 * (element & 1), 1 - (element & 2)], 1)[:, :, None]
+    grid = F.affine_grid(F.pad(look, (0, 1)), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 # %% ../nbs/09a_loading.ipynb #9cb61802
@@ -176,6 +181,7 @@ class Images:
     ):
         self.idx, self.device = np.asarray(idx), torch.device(device)
         self.transform, self.kept = deepcopy(transform).to(self.device), None
+        self.together = 4 if self.device.type == "cpu" else 1 << 30               # images worked on at once: on a processor few, to stay in its cache
         self.cutouts = np.asarray(centre_crop(cutouts, transform.crop))          # a view: nothing is read yet
         shape = len(self.idx), cutouts.shape[1], transform.size, transform.size
         if 2 * math.prod(shape) <= (resident_bytes(self.device) if keep is None else keep): self.kept = self.load(shape)
@@ -190,7 +196,9 @@ class Images:
         "(B, C, S, S) float32 from the cutouts, on the device."
         return self.stretch(self.fetch(positions))
 
-    def stretch(self, raw): return self.transform.stretch(raw.to(self.device, non_blocking=True))
+    def stretch(self, raw):
+        "(B, C, S, S) float32 on the device, of what `fetch` gave."
+        return torch.cat([self.transform.stretch(x) for x in raw.to(self.device, non_blocking=True).split(self.together)])
 
 # %% ../nbs/09a_loading.ipynb #0858e530
 @patch
@@ -287,8 +295,10 @@ def make(self:Batches,
     drawn,                          # as from `draw`
 ):                                  # (B, C, S, S) channels_last, 0 where missing
     "Do to a batch what was drawn."
-    if "element" in drawn: x = apply_d4(x, drawn["element"])
-    if "degrees" in drawn: x = rotate(x, drawn["degrees"])
+    if (few := self.images.together) < len(x):
+        return torch.cat([self.make(x[i:i + few], {k: v[i:i + few] for k, v in drawn.items()}) for i in range(0, len(x), few)])
+    if "degrees" in drawn: x = rotate(x, drawn["degrees"], drawn.get("element"))
+    elif "element" in drawn: x = apply_d4(x, drawn["element"])
     x = x.nan_to_num(0, 0, 0)
     if "bands" in drawn: x = x * drawn["bands"].to(x)[..., None, None]
     return x.contiguous(memory_format=torch.channels_last)

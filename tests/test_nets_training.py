@@ -68,9 +68,9 @@ def test_stretch_is_lupton_s_asinh_and_goes_with_the_model(toy, trained, tmp_pat
 
 def test_asinh_is_exact_to_rounding():
     x = torch.cat([-torch.logspace(-30, 15, 5000), torch.zeros(1), torch.logspace(-30, 15, 5000)])
-    np.testing.assert_allclose(asinh(x).double(), np.arcsinh(x.double().numpy()), rtol=2.5e-7)
-    assert asinh(torch.tensor(torch.nan)).isnan()
-    x = torch.linspace(-3, 3, 8).requires_grad_()
+    np.testing.assert_allclose(asinh(x).double(), np.arcsinh(x.double().numpy()), rtol=5e-7)
+    assert asinh(torch.tensor(torch.nan)).isnan() and asinh(torch.tensor(-torch.inf)) == -torch.inf
+    x = torch.linspace(-3, 3, 7).requires_grad_()
     torch.testing.assert_close(torch.autograd.grad(asinh(x).sum(), x)[0], 1 / (1 + x ** 2).sqrt())
 
 
@@ -115,6 +115,11 @@ def test_a_galaxy_at_the_centre_stays_there(size):
     expected = middle + np.stack([d[:, 0] * np.cos(a) - d[:, 1] * np.sin(a), d[:, 0] * np.sin(a) + d[:, 1] * np.cos(a)], 1)
     np.testing.assert_allclose(found, expected, atol=0.01)
     assert np.linalg.norm(found - places, axis=1).max() < 0.25
+
+def test_a_mirror_and_a_turn_are_one_matrix():
+    x, element, degrees = torch.randn(64, 2, 31, 31), torch.arange(8).repeat(8), torch.linspace(-170, 170, 64)
+    torch.testing.assert_close(rotate(x, degrees, element), rotate(apply_d4(x, element), degrees), atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(rotate(x, torch.zeros(64), element), apply_d4(x, element), atol=1e-4, rtol=1e-4)
 
 def test_rotation_agrees_with_scipy():
     x = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(64, 64)), 3)
@@ -240,6 +245,16 @@ def test_read_ahead_reads_no_further_than_asked():
     assert len(begun) == 4
     stream.close()
     assert len(begun) == 4
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("keep", [0, None])
+def test_batches_on_a_gpu_are_those_on_the_processor(tmp_path, toy, keep):
+    cutouts, transform = mapped(tmp_path, toy[0]), InputTransform.fit(toy[0], crop=16)
+    here, there = [Images(cutouts, np.arange(160), transform, device, keep) for device in ("cpu", "cuda")]
+    assert there.fetch(np.arange(3)).is_pinned() and (there.kept is None) == (keep == 0)
+    for (x, y), (u, v) in zip(Batches(here, toy[1], 32, **AUGMENTED), Batches(there, toy[1], 32, **AUGMENTED), strict=True):
+        assert u.is_cuda and torch.equal(y, v.cpu())
+        torch.testing.assert_close(x, u.cpu(), atol=0.02, rtol=0.01)
 
 class Broken(Images):
     def fetch(self, positions):
