@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['exact', 'products_are_exact', 'inverse_sqrt', 'until_converged', 'whitening_residual', 'reach', 'reaches', 'Patches',
            'sample_patches', 'deal', 'symmetric_product', 'Scatter', 'together', 'AllSum', 'total', 'moments',
-           'whitening', 'add_eps', 'whiten_weight', 'running_average', 'Whitener', 'refresh_after_loading',
-           'find_bad_pixels', 'check_finite', 'check_images', 'check_floats', 'choose_block', 'FastDeconv',
-           'whitening_report', 'ChannelDeconv', 'Delinear', 'fold_layer', 'fold_deconv', 'can_fuse', 'fuse_batchnorm',
-           'fold_inside']
+           'whitening', 'add_eps', 'whiten_weight', 'running_average', 'check_rounds', 'check_counts', 'Whitener',
+           'refresh_after_loading', 'find_bad_pixels', 'check_finite', 'in_transform', 'check_images', 'check_floats',
+           'choose_block', 'FastDeconv', 'whitening_report', 'ChannelDeconv', 'Delinear', 'fold_layer', 'fold_deconv',
+           'can_fuse', 'fuse_batchnorm', 'fold_inside']
 
 # %% ../nbs/07_deconv.ipynb #a18bd724
 # The method: Ye, Evanusa, He, Mitrokhin, Goldstein, Yorke, Fermüller & Aloimonos, "Network Deconvolution",
@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.utils import _pair
+from torch.nn.utils.parametrize import is_parametrized
 from fastcore.basics import patch
 
 from .core import BadInput
@@ -40,15 +41,16 @@ def products_are_exact():
 
 def inverse_sqrt(
     cov,                            # (…, d, d) symmetric positive definite
-    n_iter:int=5,                   # rounds; 5 is the published choice, 15 converges in float32 at condition number 100; None: until converged
+    n_iter:int=5,                   # rounds; 5 is the published choice, 15 converges in float32 at condition number 100; None, or more than 15: until converged
 ):                                  # (…, d, d) approximation of cov^(-1/2)
     "Inverse square root by the coupled Newton–Schulz iteration."
     dtype, cov = cov.dtype, exact(cov)
+    scale = cov.detach().abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(cov.dtype).tiny)
+    cov, eye = cov / scale, torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     norm = torch.linalg.matrix_norm(cov)[..., None, None]
-    eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-    y = cov / norm
+    y, norm = cov / norm, norm * scale
     z = t = 1.5 * eye - 0.5 * y
-    if n_iter is None: return (until_converged(y @ t, z) / norm.sqrt()).to(dtype)
+    if n_iter is None or n_iter > 15: return (until_converged(y @ t, z, most=40 if n_iter is None else n_iter - 1) / norm.sqrt()).to(dtype)
     for _ in range(n_iter - 1):
         y = y @ t
         t = 1.5 * eye - (0.5 * z) @ y
@@ -248,6 +250,22 @@ def running_average(
     buffer.copy_(torch.where(value.isfinite().all(), buffer.lerp(value, momentum), buffer))
 
 # %% ../nbs/07_deconv.ipynb #968ad326
+def check_rounds(
+    name:str,                       # of the layer, for the error
+    eps, n_iter, momentum,          # its arguments
+):
+    "Raise `BadInput` for settings that cannot be."
+    if not (n_iter is None or n_iter >= 1): raise BadInput(name, f"n_iter={n_iter}", "Give a number of rounds, or None for as many as it takes.")
+    if momentum is None or not (eps >= 0 and 0 <= momentum <= 1): raise BadInput(name, f"eps={eps}, momentum={momentum}", "eps is at least 0, momentum between 0 and 1.")
+
+def check_counts(
+    name:str,                       # of the layer, for the error
+    **counts,                       # arguments that are at least 1
+):
+    "Raise `BadInput` for what is no positive whole number."
+    for what, n in counts.items():
+        if not isinstance(n, int) or n < 1: raise BadInput(name, f"{what}={n!r}", "It is a whole number, at least 1.")
+
 class Whitener(nn.Module):
     "Running averages of a whitening layer, and its inverse root."
     def make_averages(self,
@@ -256,9 +274,8 @@ class Whitener(nn.Module):
     ):
         name = type(self).__name__
         if average not in ("deconv", "covariance"): raise BadInput(name, f"average={average!r}", 'Choose "deconv" (as published) or "covariance".')
-        if not (n_iter is None or n_iter >= 1): raise BadInput(name, f"n_iter={n_iter}", "Give a number of rounds, or None for as many as it takes.")
-        if not (eps >= 0 and 0 <= momentum <= 1): raise BadInput(name, f"eps={eps}, momentum={momentum}", "eps is at least 0, momentum between 0 and 1.")
-        self.eps, self.n_iter, self.momentum, self.average, self.sync = eps, n_iter, momentum, average, sync
+        check_rounds(name, eps, n_iter, momentum)
+        self.eps, self.n_iter, self.momentum, self.average, self.sync, self.fresh = eps, n_iter, momentum, average, sync, None
         matrix = torch.eye(features)
         self.register_buffer("running_mean", torch.zeros(features * groups))
         self.register_buffer("running_deconv", matrix.repeat(groups, 1, 1) if groups > 1 else matrix)
@@ -266,6 +283,14 @@ class Whitener(nn.Module):
             self.register_buffer("running_cov", self.running_deconv.clone())
             self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
             self.register_load_state_dict_post_hook(refresh_after_loading)
+
+    def averages(self):
+        "Mean and inverse root for evaluation; copies, where a gradient may be asked for after the next training batch has moved them."
+        if self.average == "covariance" and not torch.compiler.is_compiling() and self.version() != self.fresh: self.refresh()
+        both = self.running_mean, self.running_deconv
+        return [b.clone() for b in both] if torch.is_grad_enabled() else both
+
+    def version(self): return id(self.running_cov), 0 if self.running_cov.is_inference() else self.running_cov._version
 
     def inverse_root(self, cov):
         "Newton–Schulz on a covariance, `eps` added."
@@ -291,6 +316,7 @@ def refresh(self:Whitener):
     if self.average != "covariance": return
     root = self.inverse_root(self.running_cov.to(torch.promote_types(self.running_cov.dtype, torch.float32)))
     self.running_deconv.copy_(torch.where(self.num_batches_tracked > 0, root.to(self.running_deconv.dtype), self.running_deconv))
+    if not torch.compiler.is_compiling(): self.fresh = self.version()
 
 @patch
 def train(self:Whitener, mode=True):
@@ -318,9 +344,13 @@ def check_finite(
     name="FastDeconv",
 ):
     "Raise `BadInput` when a training batch on the CPU holds NaN or Inf."
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.detach().sum(dtype=torch.float32).isfinite(): return
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or in_transform() or x.detach().sum(dtype=torch.float32).isfinite(): return
     bad = find_bad_pixels(x)
-    if bad: raise BadInput(name, bad, "Mask bad pixels first; `InputTransform` sets them to 0.")
+    if bad: raise BadInput(name, bad, "Mask bad pixels first; `InputTransform` sets them to 0. If they come out of a layer before, its values were too large.")
+
+def in_transform():
+    "Whether a transformation of `torch.func` (vmap, grad, jvp) is under way, inside which no value can be looked at."
+    return getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
 
 # %% ../nbs/07_deconv.ipynb #68ee4327
 def check_images(
@@ -349,7 +379,7 @@ def choose_block(
     name:str,
 ):                                  # a divisor of `channels`
     "How many channels are whitened together."
-    if block < 1: raise BadInput(name, f"block={block}", "It is at least 1.")
+    check_counts(name, block=block)
     fit = math.gcd(min(block, channels), channels)
     if block < channels and fit != block != published:
         raise BadInput(name, f"block={block} does not divide {channels} channels", f"Choose a divisor; the published layer falls back to block={fit}.")
@@ -357,7 +387,7 @@ def choose_block(
 
 # %% ../nbs/07_deconv.ipynb #f0a03303
 class FastDeconv(Whitener, _ConvNd):
-    "Convolution of decorrelated patches (Ye et al. 2020); a drop-in for `nn.Conv2d`."
+    "Convolution of decorrelated patches (Ye et al. 2020); a drop-in for the published layer."
     def __init__(self,
         in_channels:int, out_channels:int,
         kernel_size, stride=1, padding=0, dilation=1,   # int or pair
@@ -372,12 +402,13 @@ class FastDeconv(Whitener, _ConvNd):
         average:str="deconv",       # what is averaged for evaluation: the inverse root, as published, or the "covariance"
         sync:bool=True,             # statistics of all processes together, where several train
     ):
+        check_counts("FastDeconv", in_channels=in_channels, out_channels=out_channels, groups=groups, block=block, sampling_stride=sampling_stride, freeze_iter=freeze_iter)
+        if isinstance(padding, str): raise BadInput("FastDeconv", f"padding={padding!r}", "Give a number of pixels, or a pair.")
         for what, c in dict(in_channels=in_channels, out_channels=out_channels).items():
             if c % groups: raise BadInput("FastDeconv", f"groups={groups} does not divide {what}={c}", "Choose groups=1, or other widths.")
-        if sampling_stride < 1: raise BadInput("FastDeconv", f"sampling_stride={sampling_stride}", "It is at least 1.")
         _ConvNd.__init__(self, in_channels, out_channels, _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation),
                          False, _pair(0), groups, bias, "zeros")
-        self.freeze, self.freeze_iter, self.counter = freeze, freeze_iter, torch.zeros((), dtype=torch.long)
+        self.freeze, self.freeze_iter, self.counter = freeze, freeze_iter, torch.zeros((), dtype=torch.long, device="cpu")
         self.block = in_channels // groups if groups > 1 else choose_block(block, in_channels, 64, "FastDeconv")
         self.num_features = math.prod(self.kernel_size) * self.block
         self.sampling_stride = tuple(sampling_stride * s for s in self.stride)
@@ -385,7 +416,7 @@ class FastDeconv(Whitener, _ConvNd):
 
     def forward(self, x):
         check_images(x, self.in_channels, [d * (k - 1) + 1 - 2 * p for d, k, p in zip(self.dilation, self.kernel_size, self.padding)])
-        mean, deconv = self.batch_statistics(x) if self.training else (self.running_mean, self.running_deconv)
+        mean, deconv = self.batch_statistics(x) if self.training else self.averages()
         return F.conv2d(x, *self.plain_weight(mean, deconv), self.stride, self.padding, self.dilation, self.groups)
 
 # %% ../nbs/07_deconv.ipynb #4e875174
@@ -402,13 +433,12 @@ def batch_moments(self:FastDeconv, x):
 @patch
 def batch_statistics(self:FastDeconv, x):
     "Mean and inverse root for this training batch; updates the running averages."
-    averages, frozen = (self.running_mean, self.running_deconv), self.count_batch() if self.freeze else None
-    compiling = torch.compiler.is_compiling()
-    if frozen is not None and not compiling and frozen: return averages
+    frozen, compiling = self.count_batch() if self.freeze else None, torch.compiler.is_compiling()
+    if frozen is not None and not compiling and frozen: return self.averages()
     check_finite(x)
     if frozen is None or not compiling: batch = self.whiten(*self.batch_moments(x))
     else:
-        frozen, averages = frozen.to(x.device), [a.clone() for a in averages]
+        frozen, averages = frozen.to(x.device), [self.running_mean.clone(), self.running_deconv.clone()]
         batch = [torch.where(frozen, a, b.reshape(a.shape)) for a, b in zip(averages, self.whiten(*self.batch_moments(x), ~frozen))]
     if self.freeze: self.refresh()
     return batch
@@ -440,7 +470,7 @@ def whitening_report(
     def look(layer, args):
         cov = add_eps(layer.batch_moments(args[0])[1], layer.eps)
         values, averaged = torch.linalg.eigvalsh(cov.double()), layer.running_deconv.to(cov)
-        report.append(dict(layer=names[layer], dimensions=cov.shape[-1], matrices=cov[..., 0, 0].numel(), condition=(values[..., -1] / values[..., 0]).max().item(),
+        report.append(dict(layer=names[layer], dimensions=cov.shape[-1], matrices=cov[..., 0, 0].numel(), condition=(values[..., -1] / values[..., 0].clamp(min=0)).max().item(),
                            batch_residual=whitening_residual(cov, inverse_sqrt(cov, layer.n_iter)).max().item(), average_residual=whitening_residual(cov, averaged).max().item()))
     for layer in names: layer.register_forward_pre_hook(look)
     net(x)
@@ -456,7 +486,8 @@ class ChannelDeconv(nn.Module):
         sync:bool=True,             # statistics of all processes together, where several train
     ):
         super().__init__()
-        if block < 1 or sampling_stride < 1: raise BadInput("ChannelDeconv", f"block={block}, sampling_stride={sampling_stride}", "Both are at least 1.")
+        check_counts("ChannelDeconv", block=block, sampling_stride=sampling_stride)
+        check_rounds("ChannelDeconv", eps, n_iter, momentum)
         self.block, self.eps, self.n_iter, self.momentum, self.sampling_stride, self.sync = block, eps, n_iter, momentum, sampling_stride, sync
         self.register_buffer("running_mean1", torch.zeros(block, 1))
         self.register_buffer("running_deconv", torch.eye(block))
@@ -484,7 +515,7 @@ class ChannelDeconv(nn.Module):
 def statistics(self:ChannelDeconv, rows, rest):
     "Mean, inverse root, and mean and variance of the remaining channels: of this batch in training, else the averages."
     averages = self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
-    if not self.training: return averages
+    if not self.training: return [a.clone() for a in averages] if torch.is_grad_enabled() else averages
     n, n2 = [total(rows.new_full((), float(k)), self.sync) for k in (rows.shape[1], rest.numel())]
     moment = total(rows @ rows.T, self.sync) / n
     batch = [total(rows.sum(1, keepdim=True), self.sync) / n, inverse_sqrt(add_eps(moment, self.eps), self.n_iter), *averages[2:]]
@@ -517,7 +548,7 @@ class Delinear(Whitener, nn.Linear):
             raise BadInput("Delinear", f"{x.shape[-1]} features, made for {self.in_features}", f"Build it with in_features={x.shape[-1]}.")
         check_floats(x, "Delinear")
         if self.training: check_finite(x, "Delinear")
-        return F.linear(x, *self.plain_weight(*(self.whiten(*self.batch_moments(x)) if self.training else (self.running_mean, self.running_deconv))))
+        return F.linear(x, *self.plain_weight(*(self.whiten(*self.batch_moments(x)) if self.training else self.averages())))
 
     def batch_moments(self, x):
         "Mean and covariance of this batch's columns, without eps."
@@ -553,13 +584,14 @@ def folded(self:Delinear):
 def fold_deconv(
     model:nn.Module,                # any network; it is not changed
 ):                                  # an equal network in eval mode, of plain layers
-    "Copy of `model` for evaluation, with deconvolution and BatchNorm folded into plain convolutions."
+    "Copy of `model` for evaluation, with deconvolution folded into plain layers, and BatchNorm where it follows one in a plain `nn.Sequential` (a linear layer: of inputs (B, features))."
     return fold_inside(deepcopy(model).eval())
 
 def can_fuse(a, b):
     "Whether `b` is a BatchNorm with averages, right behind a layer `a` that it can be folded into."
     pairs = (nn.Conv2d, nn.BatchNorm2d), (nn.Linear, nn.BatchNorm1d)
-    return any(isinstance(a, layer) and type(b) is norm for layer, norm in pairs) and b.running_mean is not None
+    plain = not is_parametrized(a) and not a._forward_pre_hooks          # weight normalisation makes the weight anew at every call
+    return any(isinstance(a, layer) and type(b) is norm for layer, norm in pairs) and b.running_mean is not None and plain
 
 def fuse_batchnorm(a, b):
     "Copy of `a`, with the BatchNorm `b` behind it folded into its weight and bias, in float64."
@@ -573,7 +605,7 @@ def fuse_batchnorm(a, b):
 def fold_inside(module):
     "`module` with its layers folded in place; the module itself where it is such a layer."
     for name, child in module.named_children(): setattr(module, name, fold_inside(child))
-    if isinstance(module, nn.Sequential):
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for i, (a, b) in enumerate(zip(list(module), list(module)[1:])):
             if can_fuse(a, b): module[i], module[i + 1] = fuse_batchnorm(a, b), nn.Identity()
     return module.folded() if hasattr(module, "folded") else module

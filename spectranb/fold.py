@@ -34,8 +34,13 @@ def export_program(
 ):                                  # `torch.export.ExportedProgram`; `.module()` is callable
     "The folded network as a list of operations, for `torch.export.load`."
     if example.shape[0] < 2: example = torch.cat([example, example])       # a batch of one would be taken for a constant
+    folded = fold_deconv(net)
+    with torch.no_grad(): folded(example)                                   # what is wrong with the example is said here in plain words
     shapes = ({0: torch.export.Dim("batch", min=1, max=65536)},)
-    with quietly(), torch.no_grad(): program = torch.export.export(fold_deconv(net), (example,), dynamic_shapes=shapes, strict=True)
+    try:
+        with quietly(), torch.no_grad(): program = torch.export.export(folded, (example,), dynamic_shapes=shapes, strict=True)
+    except Exception as e:
+        raise BadInput(type(net).__name__, f"cannot be exported: {type(e).__name__}: {str(e).splitlines()[0][:200]}", "Export the network itself, in float32: not `HalfPrecision` of it, nor what `torch.compile` made.") from e
     if path is not None:
         with quietly(), atomic_write(path) as part: torch.export.save(program, part)
     return program

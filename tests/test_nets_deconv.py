@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
+from scipy.linalg import sqrtm
 from torch.nn import functional as F
 
 from spectranb.core import BadInput
@@ -333,6 +334,75 @@ def test_exported_and_averaged(average):
         for layer in (mean.module[0], net[0]): torch.testing.assert_close(layer.running_deconv, layer.inverse_root(layer.running_cov))
     program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), strict=False)
     for batch in (x, x[:1], x[:3]): torch.testing.assert_close(program.module()(batch), net(batch), atol=1e-5, rtol=1e-4)
+
+
+def test_an_average_of_networks_may_be_evaluated_at_any_time():
+    "The inverse of the averaged covariance is made anew when the average has moved, whoever moved it."
+    torch.manual_seed(0)
+    net = nn.Sequential(FastDeconv(5, 4, 3, average="covariance"), nn.Mish(), nn.Flatten(), Delinear(4 * 49, 3, average="covariance"))
+    averaged, x = torch.optim.swa_utils.AveragedModel(net).eval(), torch.randn(8, 5, 9, 9)
+    for _ in range(3): net(x := x + torch.randn_like(x)), averaged.update_parameters(net), averaged(x)
+    fresh = copy.deepcopy(averaged)
+    for layer in fresh.modules():
+        if hasattr(layer, "refresh"): layer.refresh()
+    assert torch.equal(averaged(x), fresh(x)) and not torch.equal(averaged.module[0].running_deconv, torch.eye(45))
+    twin = copy.deepcopy(net).train()
+    twin(x)
+    assert torch.equal(twin.eval()(x), copy.deepcopy(twin).eval()(x))
+
+
+def test_evaluation_and_training_before_one_gradient():
+    torch.manual_seed(0)
+    for layer in (FastDeconv(5, 4, 3), FastDeconv(5, 4, 3, freeze=True, freeze_iter=1), Delinear(5, 4), ChannelDeconv(5)):
+        x = torch.randn(64, 5) if isinstance(layer, Delinear) else torch.randn(4, 5, 9, 9)
+        x.requires_grad_()
+        outputs = [layer.train(mode)(x).sum() for mode in (True, False, True, True, True, False, True)]
+        sum(outputs).backward()
+        assert x.grad.isfinite().all()
+
+
+def test_many_rounds_do_not_diverge():
+    "Fewer samples than dimensions: the smallest eigenvalues are rounding errors of either sign."
+    torch.manual_seed(0)
+    x = 10 * torch.randn(100, 288)
+    cov = torch.cov(x.T) + 1e-5 * torch.eye(288)
+    for n in (15, 16, 20, 30, 100, None): assert whitening_residual(cov, inverse_sqrt(cov, n)) < 2      # 1: the directions without samples stay as they are
+    good = np.cov(np.random.default_rng(0).normal(size=(4, 99)))
+    np.testing.assert_allclose(inverse_sqrt(torch.tensor(good), 40).numpy(), np.linalg.inv(sqrtm(good).real), rtol=1e-8, atol=1e-8)
+    report = whitening_report(nn.Sequential(FastDeconv(5, 4, 3, n_iter=30)), torch.randn(1, 5, 7, 7).cumsum(3) * 100)
+    assert report[0]["condition"] > 1e3 and math.isfinite(report[0]["batch_residual"])
+
+
+def test_very_bright_and_very_faint_images():
+    "Whitening divides the scale out, as far as eps is small beside it."
+    torch.manual_seed(0)
+    layer, x = FastDeconv(5, 4, 3), torch.randn(4, 5, 15, 15)
+    expected = copy.deepcopy(layer)(1e3 * x)
+    for scale in (1e6, 1e12, 1e17): torch.testing.assert_close(copy.deepcopy(layer)(scale * x), expected, rtol=1e-3, atol=1e-3)
+    assert copy.deepcopy(layer)(1e-30 * x).isfinite().all()
+
+
+def test_folding_leaves_alone_what_it_must():
+    torch.manual_seed(0)
+    class Skip(nn.Sequential):
+        def forward(self, x): return x + super().forward(x)
+    class Twice(nn.Sequential):
+        def forward(self, x): return self[1](self[0](x)) + self[0](x)
+    x = torch.randn(3, 4, 8, 8)
+    for net in (Skip(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), Twice(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
+                nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4))):
+        for _ in range(3): net.train()(x)
+        torch.testing.assert_close(fold_deconv(net)(x), net.eval()(x))
+
+
+def test_bad_exports_are_named(monkeypatch):
+    from spectranb.models import simple_deconv
+    def fail(*args, **kwargs): raise RuntimeError("dtype mismatch")
+    net = simple_deconv()
+    with pytest.raises(BadInput, match="4 channels"): export_program(net, torch.zeros(2, 4, 16, 16))
+    with pytest.raises(BadInput, match="int64"): export_program(net, torch.zeros(2, 5, 16, 16, dtype=torch.long))
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(BadInput, match="cannot be exported: RuntimeError: dtype mismatch"): export_program(net, torch.zeros(2, 5, 16, 16))
 
 
 # --- several processes

@@ -304,15 +304,81 @@ class Program: __reduce__ = lambda self: (print, ("the file ran a program",))
 @pytest.mark.parametrize("thing", [Program(), Path("x"), collections.Counter(a=1), L, np.float64(1), print], ids=lambda t: getattr(t, "__name__", type(t).__name__))
 @pytest.mark.parametrize("where", ["opt", "model", "inside L"])
 def test_other_globals_are_refused(tmp_path, capsys, thing, where):
-    "Every class or function but L, wherever it stands; L itself as a value is no harm, and is refused or dropped."
+    "Every class or function but L, wherever it stands; L itself as a value is no harm, and is refused or dropped, and so is a number of NumPy."
     net, path = simple_cnn(), tmp_path / "evil.pth"
     if where == "opt": fastai2_file(path, net, extra=thing)
     elif where == "inside L": fastai2_file(path, net, state=L([thing]))
     else: torch.save({"model": net.state_dict() | {"extra": thing}, "opt": L()}, path)
-    harmless = thing is L or type(thing) is collections.Counter
+    harmless = thing is L or type(thing) in (collections.Counter, np.float64)
     if harmless and where != "model": load_checkpoint(simple_cnn(), path); return
     with pytest.raises(BadInput, match="no state_dict" if harmless else "cannot be read as a checkpoint: it asks for"): load_checkpoint(simple_cnn(), path)
     assert "ran a program" not in capsys.readouterr().out
+
+
+def test_what_fastai_saves_after_a_one_cycle_training_loads(tmp_path):
+    "A schedule leaves NumPy numbers among the optimiser's settings."
+    from fastai.data.core import DataLoaders
+    from fastai.callback.schedule import Learner
+    from fastai.optimizer import ranger
+    data = [(torch.randn(5, 8, 8), torch.randn(6)) for _ in range(8)]
+    learn = Learner(DataLoaders(*[torch.utils.data.DataLoader(data, 4)] * 2), simple_cnn(), nn.MSELoss(), opt_func=ranger, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
+    path = learn.save("after")
+    with pytest.raises(pickle.UnpicklingError): torch.load(path, weights_only=True)
+    loaded = load_checkpoint(simple_cnn(), path)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(loaded.state_dict().values(), learn.model.state_dict().values()))
+
+
+def test_nothing_is_loaded_onto_meta(tmp_path):
+    torch.save(simple_cnn().state_dict(), tmp_path / "x.pth")
+    with torch.device("meta"): net = create_network("xresnet18_hybrid", stem_pool="blur", deconv=dict(freeze=True)), simple_cnn()
+    with pytest.raises(BadInput, match="to_empty"): load_checkpoint(net[1], tmp_path / "x.pth")
+    other = create_network("xresnet18_hybrid", stem_pool="blur", deconv=dict(freeze=True))
+    filled = net[0].to_empty(device="cpu")
+    filled.load_state_dict(other.state_dict())
+    x = torch.randn(2, 5, 40, 40)
+    assert torch.equal(filled.eval()(x), other.eval()(x)) and filled.train()(x).isfinite().all()
+
+
+def test_transformations_and_gradients_of_torch_func():
+    torch.manual_seed(0)
+    net, x = simple_cnn(act_cls=Mish).double().eval(), torch.randn(3, 5, 16, 16, dtype=torch.float64)
+    assert torch.allclose(torch.func.vmap(lambda one: net(one[None])[0])(x), net(x))
+    leaf = x.clone().requires_grad_()
+    usual, = torch.autograd.grad(net(leaf).sum(), leaf)
+    assert torch.allclose(torch.func.grad(lambda v: net(v).sum())(x), usual)
+    assert torch.allclose(torch.func.jvp(net, (x,), (x,))[1].sum(), (usual * x).sum())
+
+
+def test_attention_survives_half_precision():
+    torch.manual_seed(0)
+    layer, x = SelfAttention(64).eval(), Mish()(4 * torch.randn(2, 64, 56, 56))
+    with torch.autocast("cpu", torch.float16): low = layer(x.half())
+    assert low.isfinite().all() and torch.allclose(low.float(), x, atol=0.02)              # gamma is 0 at the start
+    with torch.no_grad(): layer.gamma += 1e-4
+    with torch.autocast("cpu", torch.float16): low = layer(x.half())
+    assert (low.float() - layer(x)).abs().max() < 2 ** -9 * layer(x).abs().max()           # two steps of float16 at the largest value
+
+
+def test_blur_is_the_binomial_convolution():
+    torch.manual_seed(0)
+    for size in ((9, 12), (8, 7), (33, 32)):
+        x, kernel = torch.randn(2, 3, *size), torch.tensor([0.25, 0.5, 0.25])
+        padded = nn.functional.pad(nn.functional.max_pool2d(x, 3, 1, 1), (1, 1, 1, 1), mode="replicate")
+        direct = nn.functional.conv2d(padded, torch.outer(kernel, kernel)[None, None].expand(3, 1, 3, 3), stride=2, groups=3)
+        torch.testing.assert_close(models.BlurPool()(x), direct)
+
+
+def test_one_small_image_in_training():
+    with pytest.raises(BadInput, match="Use two images"): xresnet18_hybrid()(torch.randn(1, 5, 32, 32))
+    with pytest.raises(BadInput, match="Use two images"): simple_cnn()(torch.randn(1, 5, 4, 4))
+    assert xresnet18_hybrid().eval()(torch.randn(1, 5, 32, 32)).shape == (1, 6) and xresnet18_hybrid()(torch.randn(1, 5, 33, 32)).shape == (1, 6)
+
+
+@pytest.mark.parametrize("kwargs, words", [(dict(c_in=0), "c_in=0"), (dict(groups=0), "groups=0"), (dict(stem_szs=()), "stem_szs"), (dict(reduction=100), "reduction=100"),
+    (dict(deconv=dict(momentum=None)), "momentum=None"), (dict(deconv=dict(block=None)), "block=None"), (dict(deconv=dict(freeze_iter=0)), "freeze_iter=0")])
+def test_impossible_arguments_are_named(kwargs, words):
+    with pytest.raises(BadInput, match=words): xresnet18_hybrid(**kwargs)
 
 
 def test_damaged_and_foreign_files(tmp_path):
@@ -320,7 +386,11 @@ def test_damaged_and_foreign_files(tmp_path):
     torch.save(net.state_dict(), path)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(BadInput, match="cannot be read"): load_checkpoint(net, path)
-    with pytest.raises(BadInput, match="cannot be read"): load_checkpoint(net, tmp_path / "absent.pth")
+    with pytest.raises(BadInput, match="is not there"): load_checkpoint(net, tmp_path / "absent.pth")
+    with pytest.raises(BadInput, match="is a folder"): load_checkpoint(net, tmp_path)
+    for text in ("", "epoch,loss"):
+        (tmp_path / "text.pth").write_text(text)
+        with pytest.raises(BadInput, match=r"cannot be read as a checkpoint: \w+Error"): load_checkpoint(net, tmp_path / "text.pth")
     torch.save([1, 2], path)
     with pytest.raises(BadInput, match="holds a list"): load_checkpoint(net, path)
 
