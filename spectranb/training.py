@@ -69,7 +69,7 @@ class PublishedMSE(TrueMSE):
     @property
     def value(self): return (self.total / self.count) ** 2 if self.count else None
 
-# %% ../nbs/09_training.ipynb #effb6cc6
+# %% ../nbs/09_training.ipynb #791078e0
 class LatentRMSE(Metric):
     "Root mean squared error of one latent."
     name = None                                             # given with the latent
@@ -134,21 +134,21 @@ class StopWhenNotFinite(Callback):
 class StopWhenDead(Callback):
     "Raise `BadInput` when two epochs in a row end with one and the same prediction for all validation galaxies."
     order = 55
-    def __init__(self, epochs=2): self.epochs = epochs
-    def before_fit(self): self.dead = 0
-    def before_validate(self): self.low, self.high, self.seen = torch.inf, -torch.inf, 0
+    def __init__(self, epochs=2): self.epochs, self.dead = epochs, 0
+    def after_fit(self): self.dead = 0
+    def before_validate(self): self.low, self.high, self.seen = torch.tensor(torch.inf), torch.tensor(-torch.inf), 0
     def after_pred(self):
         if self.training: return
-        self.low, self.high = (f(seen, end) for f, seen, end in ((torch.minimum, self.learn.pred.amin(0), torch.as_tensor(self.low).to(self.learn.pred)),
-                                                                 (torch.maximum, self.learn.pred.amax(0), torch.as_tensor(self.high).to(self.learn.pred))))
-        self.seen += len(self.learn.pred)
+        pred = self.learn.pred
+        self.low, self.high, self.seen = torch.minimum(self.low.to(pred), pred.amin(0)), torch.maximum(self.high.to(pred), pred.amax(0)), self.seen + len(pred)
     def after_validate(self):
         self.dead = self.dead + 1 if self.seen > 1 and (self.high - self.low).max() < 1e-4 else 0
         if self.dead >= self.epochs:
-            raise BadInput("training", f"all {self.seen} validation galaxies got the same prediction in {self.dead} epochs, up to epoch {self.epoch + 1}",
+            self.dead = 0
+            raise BadInput("training", f"all {self.seen} validation galaxies got the same prediction in {self.epochs} epochs, up to epoch {self.epoch + 1}",
                            "Lower the learning rate; look at the images: are they all alike?")
 
-# %% ../nbs/09_training.ipynb #cef9caf9
+# %% ../nbs/09_training.ipynb #2c247330
 class Progress(Callback):
     "A progress bar over all batches, and one line an epoch to `log`."
     order = 60                                              # after the Recorder
@@ -210,7 +210,7 @@ def peak_lr(
     "As published: 0.003 for xresnets deconvolved throughout, else 0.03."
     return 3e-3 if arch.startswith("xresnet") and arch.endswith("deconv") else 3e-2
 
-# %% ../nbs/09_training.ipynb #016f0236
+# %% ../nbs/09_training.ipynb #67d42f4b
 def make_learner(
     train, valid,                   # `Batches`
     net,                            # `nn.Module`
