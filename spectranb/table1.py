@@ -146,13 +146,13 @@ def run_all(
     plan:dict,                      # folder name -> arguments of `run_once`, among them `sample`
     out,                            # folder of the experiment
     progress:bool=True,             # a bar over the trainings
-    **common,                       # further arguments of each
+    **common,                       # arguments of each, where the plan does not say otherwise
 )->dict:                            # folder name -> result
     "Trainings one after another; finished ones are read back."
     done = {}
     for name in (bar := tqdm(plan, disable=not progress, unit="training")):
         bar.set_description(name)
-        done[name] = run_once(folder=Path(out) / name, **common, **plan[name])
+        done[name] = run_once(folder=Path(out) / name, **common | plan[name])
     return done
 
 # %% ../nbs/11b_table1.ipynb #32b4e2d2
@@ -280,6 +280,7 @@ def smaller(
     chosen = np.random.default_rng(seed).permutation(sample.train)[:n]
     return replace(sample, train=np.tile(chosen, len(sample.train) // n), info=sample.info | dict(n_train=n))
 
+# %% ../nbs/11b_table1.ipynb #18f45987
 def training_size(
     survey, out,                    # as in `table1`
     sizes=None,                     # training galaxies; None: an eighth, a quarter, half, all of them
@@ -434,6 +435,7 @@ def table1_frame(
         rows[arch] = dict(parameters=f"{int(own['parameters'].iloc[0]):,}" if len(own) else "–") | row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("network")
 
+# %% ../nbs/11b_table1.ipynb #6e0108be
 def order_sentence(
     runs,                           # DataFrame as `runs_frame`
     tests,                          # DataFrame of `compare`, of neighbours in `networks`
@@ -442,6 +444,7 @@ def order_sentence(
     "Whether the published order holds, and which of its steps the seeds resolve (p < 0.05)."
     means = runs.groupby("label")["mse"].mean()
     here = [n for n in networks if n in means]
+    if len(here) < 2: return f"{len(here)} of {len(networks)} networks are finished: there is no order yet."
     found, said = sorted(here, key=means.get), []
     for a, b in itertools.pairwise(here):
         test = tests[(tests["a"] == a) & (tests["b"] == b)] if len(tests) else tests
@@ -475,6 +478,7 @@ class Results:
     tests: pd.DataFrame
     about: dict
 
+# %% ../nbs/11b_table1.ipynb #cb6c0e30
 def export_results(
     out,                            # folder of an experiment
     folder,                         # gets runs.csv, history.csv, tests.csv, about.json
@@ -485,13 +489,14 @@ def export_results(
     if not len(runs): raise BadInput(out, "holds no finished training", "Let the experiment go on.")
     history = pd.concat([pd.read_csv(out / name / "history.csv").assign(run=name) for name in runs.index])
     others = [l for l in dict.fromkeys(runs["label"]) if l not in NETWORKS]
-    pairs = [*itertools.pairwise(NETWORKS), *((NETWORKS[0], n) for n in NETWORKS[2:]), *((l, NETWORKS[0]) for l in others)]
+    pairs = [*itertools.combinations(NETWORKS, 2), *((l, NETWORKS[0]) for l in others)]
     tests = pd.concat([compare(out, pairs, epochs) for epochs in sorted(set(runs["epochs"]))], ignore_index=True)
     for name, frame, index in ("runs", runs, True), ("history", history, False), ("tests", tests, False):
         with atomic_write(folder / f"{name}.csv") as tmp: frame.to_csv(tmp, index=index, float_format="%.6g")
     write_json(folder / "about.json", about)
     return load_results(folder)
 
+# %% ../nbs/11b_table1.ipynb #3bbf476e
 def load_results(
     folder,                         # of `export_results`
 )->Results:
@@ -522,6 +527,7 @@ def plot_curves(
     ax.set(xlabel="epoch", ylabel="MSE of a latent, validation", yscale="log"); ax.legend(fontsize=8, title="network (seeds)", title_fontsize=8)
     return ax
 
+# %% ../nbs/11b_table1.ipynb #572d722f
 def plot_against(
     runs,                           # DataFrame as `runs_frame`, of trainings that differ in `column`
     column:str,                     # "n_train" or "noise"
@@ -551,7 +557,7 @@ def size_rows(
 
 # %% ../nbs/11b_table1.ipynb #e946cd0a
 def run_command(
-    a,                              # options: what, survey, out, networks, seeds, epochs, crop, bin, n, n_valid, split, vae, keep, quiet
+    a,                              # options: what, survey, out, networks, seeds, epochs, crop, bin, batch_size, n, n_valid, split, vae, keep, quiet
 ):
     "`spectranb experiment`: the trainings, then their table; everything as text in `tables/`."
     experiment = dict(table1=table1, ablation=ablation, size=training_size, noise=image_noise).get(a.what)
@@ -560,7 +566,7 @@ def run_command(
     if a.seeds: given["seeds"] = a.seeds
     vae = SpectrumVAE.load(a.vae) if a.vae else None
     sample = make_sample(a.survey, a.n, a.n_valid, vae, split=a.split)
-    runs = experiment(sample, a.out, epochs=a.epochs, crop=a.crop, bin=a.bin, keep=a.keep and a.keep * 1e9, progress=not a.quiet, **given)
+    runs = experiment(sample, a.out, epochs=a.epochs, crop=a.crop, bin=a.bin, batch_size=a.batch_size, keep=a.keep and a.keep * 1e9, progress=not a.quiet, **given)
     kept = export_results(a.out, Path(a.out) / "tables", command=" ".join(["spectranb", *sys.argv[1:]]), floor=noise_floor(a.survey, sample, vae))
     if a.what == "table1": print(table1_frame(runs).T.to_string(), "*" + PUBLISHED_SIZE, order_sentence(runs, kept.tests), sep="\n")
     elif a.what == "ablation": print(ablation_frame(runs, runs["arch"].iloc[0]).to_string())

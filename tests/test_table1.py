@@ -1,5 +1,6 @@
 "Table 1: trainings done once, ingredients, paired tests, tables, and what can be wrong with the input."
 import json
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from scipy import stats
@@ -7,7 +8,7 @@ from torch import nn
 
 from spectranb.core import BadInput
 from spectranb.table1 import (BETTER, INGREDIENTS, NETWORKS, PUBLISHED, AverageWeights, GaussianLoss, Sample, ablation, ablation_frame, compare, export_results,
-                              load_results, mean_sd, noisier, order_sentence, paired_test, read_run, read_runs, run_once, runs_frame, size_line, sky_noise, smaller,
+                              load_results, make_sample, mean_sd, noise_floor, noisier, order_sentence, paired_test, read_run, read_runs, run_command, run_once, runs_frame, size_line, sky_noise, smaller,
                               table1, table1_frame, training_size, with_ingredients)
 from spectranb.training import Batches, Images, InputTransform, make_learner
 
@@ -130,9 +131,10 @@ def test_ablation_shares_the_base(done, toys):
 
 # --- size and noise ---
 def test_smaller_samples_nest_and_keep_the_length(toys):
-    parts = [smaller(toys, n, seed=3) for n in (20, 40, 160)]
-    assert set(parts[0].train) < set(parts[1].train) < set(parts[2].train) and [len(p.train) for p in parts] == [160] * 3
-    assert (np.unique(parts[0].train, return_counts=True)[1] == 8).all() and parts[0].info["n_train"] == 20
+    for seed in range(4):
+        parts = [smaller(toys, n, seed) for n in (20, 40, 160)]
+        assert set(parts[0].train) < set(parts[1].train) < set(parts[2].train) and [len(p.train) for p in parts] == [160] * 3
+        assert (np.unique(parts[0].train, return_counts=True)[1] == 8).all() and parts[0].info["n_train"] == 20
     assert set(smaller(toys, 20, seed=4).train) != set(parts[0].train)
 
 def test_noise_adds_in_quadrature_and_keeps_gaps(toys):
@@ -211,3 +213,40 @@ def test_text_and_back(done, tmp_path):
     kept = export_results(out, tmp_path, command="test", floor=0.1)
     assert kept.about == dict(command="test", floor=0.1) and set(kept.history["run"]) == set(kept.runs.index)
     pd.testing.assert_series_equal(kept.runs["mse"], read_runs(out)["mse"], rtol=1e-5)
+
+
+# --- a survey ---
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory):
+    from spectranb.data.mock import simulate_survey
+    return simulate_survey(tmp_path_factory.mktemp("mock") / "survey", 60, seed=3, size=32, n_workers=1, progress=False)
+
+def test_sample_of_a_survey(survey):
+    from spectranb.data.survey import split_random
+    latents = np.random.default_rng(0).normal(5, 3, (60, 4)); latents[7, 1] = np.nan
+    sample = make_sample(survey, latents=latents)
+    train, valid = split_random(60)
+    assert set(sample.train) == set(train) - {7} and set(sample.valid) == set(valid) - {7}      # the published split, without the galaxy that has no target
+    assert np.allclose(sample.targets[sample.train].mean(0), 0, atol=1e-5) and np.allclose(sample.targets[sample.train].std(0), 1, atol=1e-5)
+    assert sample.info["simulated"] and sample.info["n_train"] == len(sample.train)
+    few = make_sample(survey, 20, 5, latents=latents)
+    assert len(few.train) == 20 and len(few.valid) == 5 and set(few.train) < set(sample.train)
+    with pytest.raises(BadInput, match="in its training part, 100 wanted"): make_sample(survey, 100, latents=latents)
+    with pytest.raises(BadInput, match="in its validation part, 100 wanted"): make_sample(survey, 10, 100, latents=latents)
+
+def test_floor_is_the_noise_of_the_targets(survey):
+    class Mean:                                                       # a coder whose latents are two means over the spectrum
+        def encode(self, flux, ivar=None, bad="raise"): return np.stack([flux[:, :500].mean(1), flux[:, 500:].mean(1)], 1)
+    sample = make_sample(survey, latents=np.random.default_rng(0).normal(size=(60, 2)))
+    code = lambda rows, a: Mean().encode(a[rows])
+    reference = np.mean(((code(sample.valid, survey.spectra) - code(sample.valid, survey.arrays["noiseless"])) / code(sample.train, survey.spectra).std(0)) ** 2)
+    assert noise_floor(survey, sample, Mean()) == pytest.approx(reference, rel=1e-5) and reference > 0
+
+@pytest.mark.parametrize("what, said", [("table1", "1 of 5 networks are finished: there is no order yet."), ("noise", "noise of the spectra")])
+def test_command(survey, tmp_path, capsys, what, said):
+    options = dict(what=what, survey=survey.path, out=tmp_path, networks=["simple_cnn"], seeds=[0], epochs=1, crop=32, bin=2, batch_size=16, n=None, n_valid=None,
+                   split="random", vae=None, keep=None, quiet=True)
+    run_command(SimpleNamespace(**options))
+    out = capsys.readouterr().out
+    assert said in out and "48 simulated galaxies to learn from, 12 to validate, 16 × 16 pixels of 0.5″, 1 epochs" in out
+    assert len(load_results(tmp_path / "tables").runs) == dict(table1=1, noise=3)[what]
