@@ -449,7 +449,8 @@ def order_sentence(
     for a, b in itertools.pairwise(here):
         test = tests[(tests["a"] == a) & (tests["b"] == b)] if len(tests) else tests
         clear = len(test) and test["p"].iloc[0] < 0.05
-        said.append(f"{a} {'<' if means[a] < means[b] else '>'} {b} ({means[a]:.3f}, {means[b]:.3f}; {'resolved' if clear else 'not resolved'} by {int(test['seeds'].iloc[0]) if len(test) else 0} seeds)")
+        verdict = f"{'resolved' if clear else 'not resolved'} by {int(test['seeds'].iloc[0])} seeds" if len(test) else "not tested"
+        said.append(f"{a} {'<' if means[a] < means[b] else '>'} {b} ({means[a]:.3f}, {means[b]:.3f}; {verdict})")
     head = "The published order holds" if found == here else f"The published order does not hold: here it is {' < '.join(found)}"
     return f"{head}, in {len(here)} networks of {len(networks)}. " + "; ".join(said) + "."
 
@@ -524,7 +525,10 @@ def plot_curves(
         ax.plot(h.mean(), "o-", ms=3, color=f"C{i}", label=f"{label} ({len(names)})")
         ax.fill_between(h.min().index, h.min(), h.max(), color=f"C{i}", alpha=0.2, lw=0)
     ax.axhline(1, color="0.7", lw=1, zorder=0)
-    ax.set(xlabel="epoch", ylabel="MSE of a latent, validation", yscale="log"); ax.legend(fontsize=8, title="network (seeds)", title_fontsize=8)
+    ax.set(xlabel="epoch", ylabel="MSE of a latent, validation", yscale="log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    for each in ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter: each("{x:g}")
+    ax.legend(fontsize=8, title="network (seeds)", title_fontsize=8)
     return ax
 
 # %% ../nbs/11b_table1.ipynb #572d722f
@@ -541,7 +545,7 @@ def plot_against(
     ax.plot(runs.groupby(column)["mse"].mean(), "-", color="C0", label="mean over seeds")
     if np.isfinite(floor): ax.axhline(floor, color="0.4", ls=":", label="noise of the spectra")
     ticks = sorted(set(runs[column]))
-    ax.set(xscale="log", xlabel=dict(n_train="different training galaxies", noise="noise of the images / the survey's").get(column, column), ylabel="MSE of a latent, validation", ylim=(0, None))
+    ax.set(xscale="log", xlabel=dict(n_train="different training galaxies", noise="noise of the images / the survey's").get(column, column), ylabel="MSE of a latent, validation", ylim=(0, 1.08 * runs["mse"].max()))
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks]); ax.minorticks_off(); ax.legend(fontsize=8)
     return ax
 
