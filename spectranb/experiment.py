@@ -371,10 +371,10 @@ def over_ranks(
     return x
 
 class Turns(Batches):
-    "Every `turns`-th batch, whole."
+    "Every `turns`-th batch, whole, in order and without augmentation."
     def take(self, turn, turns): self.turn, self.turns = turn, turns; return self
-    def parts(self, epoch): return super().parts(epoch)[self.turn::self.turns]
-    def __len__(self): return len(range(self.turn, super().__len__(), self.turns))
+    def parts(self, epoch): return [(b, {}) for b in torch.arange(len(self.images)).split(self.batch_size)[self.turn::self.turns]]
+    def __len__(self): return len(self.parts(0))
 
 class Share:
     "One rank's batches, with what fastai asks of a distributed loader."
@@ -431,6 +431,7 @@ def own_device(
     if device is None: device = "cuda" if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1") else "cpu"
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.device(device).type == "cuda" and process()[1] > 1 else torch.device(device)
 
+# %% ../nbs/09b_experiment.ipynb #2df143c5
 class FrozenNorm(Callback):
     "Batch norm works with the statistics it has."
     order = -9                                          # after the network was set to training
@@ -542,6 +543,7 @@ def circumstances(
     return dict(command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), spectranb=__version__, commit=source_commit(), python=platform.python_version(), torch=torch.__version__,
                 fastai=fastai.__version__, numpy=np.__version__, device=name, processes=process()[1], threads=torch.get_num_threads(), started=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
+# %% ../nbs/09b_experiment.ipynb #b503b3f7
 @dataclass
 class Run:
     "What a run's folder holds."
