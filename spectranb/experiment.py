@@ -576,17 +576,17 @@ def claimed(
     mine:dict,                      # its `identity`
 ):                                  # context; yields what run.json says, {} at first
     "Make a folder this run's own, for one command at a time. Raises `BadInput`."
-    folder = Path(folder)
-    if folder.exists() and not (folder / "run.json").exists() and any(f for f in folder.iterdir() if f.name != ".lock"):
+    folder, first = Path(folder), process()[0] == 0                     # the other processes of a run come to a folder that the first may be filling already
+    if first and folder.exists() and not (folder / "run.json").exists() and any(f for f in folder.iterdir() if f.name != ".lock"):
         raise BadInput(folder, "is not empty and holds no run", "Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    try: lock = FileLock(folder / ".lock").acquire(timeout=0) if process()[0] == 0 else nullcontext()
+    try: lock = FileLock(folder / ".lock").acquire(timeout=0) if first else nullcontext()
     except Timeout: raise BadInput(folder, "another command is training here", "Wait for it, or choose another folder.") from None
     with lock:
         try: info = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
         except ValueError: raise BadInput(folder / "run.json", "is damaged", "Remove the folder and begin again.") from None
         if info: check_same(folder, info["identity"], mine)
-        if process()[0] == 0:
+        if first:
             for rest in folder.glob(".*.tmp*"): rest.unlink()           # of a file that was being written when the run was killed
         yield info
 
@@ -654,6 +654,7 @@ def train_in(folder, config, seed, survey, mine, info, device, progress, log, cb
         with keep_memory() if not cuda else nullcontext(), distributed(learn, cuda):
             if keeper.done < config.schedule.epochs: learn.fit_one_cycle(config.schedule.epochs, info["lr"], start_epoch=keeper.done)
         if writes: finish_run(folder, learn, transform, info, keeper.rows)
+        if together(): torch.distributed.barrier()          # nobody reads what is not written yet
 
 # %% ../nbs/09b_experiment.ipynb #9f47cbae
 def describe_run(config, seed, learn, train, valid, device, notes, info, events):

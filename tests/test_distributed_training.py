@@ -11,9 +11,9 @@ import torch
 
 from spectranb.core import BadInput
 from spectranb.data.mock import simulate_survey
-from spectranb.experiment import Run, as_config, run_experiment
-from spectranb.training import make_batches
+from spectranb.experiment import Run, as_config, claimed, run_experiment
 from spectranb.loading import InputTransform
+from spectranb.training import make_batches
 
 pytest.importorskip("accelerate")
 torch.set_num_threads(1)
@@ -78,6 +78,15 @@ def test_only_one_process_writes(runs):
     folder = runs["hybrid"][1].folder
     assert len(list((folder / "tensorboard").glob("*"))) <= 1 and runs["hybrid"][1].info["sessions"] == 1
     assert runs["taken over"][1].info["sessions"] == 2
+
+
+def test_a_process_that_comes_late_to_a_folder(runs, tmp_path, monkeypatch):
+    "The first process may have written some files by then; the others take them as they are."
+    (tmp_path / "config.toml").write_text("")
+    monkeypatch.setenv("RANK", "1"); monkeypatch.setenv("WORLD_SIZE", "2")
+    with claimed(tmp_path, {}) as info: assert info == {}
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(BadInput, match="not empty"), claimed(tmp_path, {}): pass
 
 
 def test_a_batch_that_cannot_be_shared(runs):
