@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LOGLAM0', 'DLOGLAM', 'N_WAVE', 'REST_LOGLAM', 'REST_WAVELENGTH', 'REST_EDGES', 'BANDS', 'BAND_WAVELENGTH',
            'PIXEL_SCALE', 'CUTOUT_SIZE', 'WARNING_FILTERS', 'nanomaggies_to_mag', 'mag_to_nanomaggies', 'vac_to_air',
-           'air_to_vac', 'BadInput', 'atomic_write', 'write_json', 'run_jobs', 'cache_dir', 'real_dir']
+           'air_to_vac', 'BadInput', 'atomic_write', 'write_json', 'run_jobs', 'processor_name', 'peak_memory',
+           'cache_dir', 'real_dir']
 
 # %% ../nbs/00_core.ipynb #1ff274fc
-import json, multiprocessing, os, sys, tempfile, threading
+import json, multiprocessing, os, platform, resource, sys, tempfile, threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,6 +129,20 @@ def run_jobs(
 
 # %% ../nbs/00_core.ipynb #f11te2s1
 WARNING_FILTERS = threading.RLock()                                  # held by the thread that changes the warning filters
+
+# %% ../nbs/00_core.ipynb #43adfe43
+def processor_name():               # text
+    "What the maker calls this processor."
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), platform.processor() or platform.machine())
+
+def peak_memory(
+    children:bool=False,            # of the largest process that was started here and has ended, instead of this one
+)->float:                           # GB
+    "The largest resident memory so far; it never falls."
+    unit = 1e9 if sys.platform == "darwin" else 1e6                  # ru_maxrss is in bytes there, in kB on Linux
+    return resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss / unit
 
 # %% ../nbs/00_core.ipynb #7531d5c4
 def cache_dir(

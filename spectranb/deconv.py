@@ -266,6 +266,7 @@ def check_counts(
     for what, n in counts.items():
         if not isinstance(n, int) or n < 1: raise BadInput(name, f"{what}={n!r}", "It is a whole number, at least 1.")
 
+# %% ../nbs/07_deconv.ipynb #a96c5455
 class Whitener(nn.Module):
     "Running averages of a whitening layer, and its inverse root."
     def make_averages(self,
@@ -284,29 +285,36 @@ class Whitener(nn.Module):
             self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
             self.register_load_state_dict_post_hook(refresh_after_loading)
 
-    def averages(self):
-        "Mean and inverse root for evaluation; copies, where a gradient may be asked for after the next training batch has moved them."
-        if self.average == "covariance" and not torch.compiler.is_compiling() and self.version() != self.fresh: self.refresh()
-        both = self.running_mean, self.running_deconv
-        return [b.clone() for b in both] if torch.is_grad_enabled() else both
+# %% ../nbs/07_deconv.ipynb #a1bc0c75
+@patch
+def averages(self:Whitener):
+    "Mean and inverse root for evaluation; copies, where a gradient may be asked for after the next training batch has moved them."
+    if self.average == "covariance" and not torch.compiler.is_compiling() and self.version() != self.fresh: self.refresh()
+    both = self.running_mean, self.running_deconv
+    return [b.clone() for b in both] if torch.is_grad_enabled() else both
 
-    def version(self): return id(self.running_cov), 0 if self.running_cov.is_inference() else self.running_cov._version
+@patch
+def version(self:Whitener):         # changes whenever the averaged covariance does
+    "Which covariance the inverse root must belong to."
+    return id(self.running_cov), 0 if self.running_cov.is_inference() else self.running_cov._version
 
-    def inverse_root(self, cov):
-        "Newton–Schulz on a covariance, `eps` added."
-        with torch.autocast(cov.device.type, enabled=False): return inverse_sqrt(add_eps(cov, self.eps), self.n_iter)
+@patch
+def inverse_root(self:Whitener, cov):
+    "Newton–Schulz on a covariance, `eps` added."
+    with torch.autocast(cov.device.type, enabled=False): return inverse_sqrt(add_eps(cov, self.eps), self.n_iter)
 
-    def whiten(self, mean, cov, learn=None):
-        "Mean and inverse root of a batch; moves the averages, unless `learn` is a tensor that says False."
-        deconv, momentum = self.inverse_root(cov), self.momentum
-        if self.average == "covariance":
-            momentum = (1 / (self.num_batches_tracked + 1).to(cov.dtype)).clamp(min=momentum)
-            self.num_batches_tracked.add_(1 if learn is None else learn)
-        if learn is not None: momentum = learn.to(cov.dtype) * momentum
-        if self.average == "covariance": running_average(self.running_cov, cov, momentum)
-        else: running_average(self.running_deconv, deconv, momentum)
-        running_average(self.running_mean, mean.flatten(), momentum)
-        return mean, deconv
+@patch
+def whiten(self:Whitener, mean, cov, learn=None):
+    "Mean and inverse root of a batch; moves the averages, unless `learn` is a tensor that says False."
+    deconv, momentum = self.inverse_root(cov), self.momentum
+    if self.average == "covariance":
+        momentum = (1 / (self.num_batches_tracked + 1).to(cov.dtype)).clamp(min=momentum)
+        self.num_batches_tracked.add_(1 if learn is None else learn)
+    if learn is not None: momentum = learn.to(cov.dtype) * momentum
+    if self.average == "covariance": running_average(self.running_cov, cov, momentum)
+    else: running_average(self.running_deconv, deconv, momentum)
+    running_average(self.running_mean, mean.flatten(), momentum)
+    return mean, deconv
 
 # %% ../nbs/07_deconv.ipynb #950a1acf
 @patch

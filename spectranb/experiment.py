@@ -6,14 +6,14 @@
 __all__ = ['setting', 'DataConfig', 'NetworkConfig', 'ScheduleConfig', 'ExperimentConfig', 'check_value', 'check_section',
            'as_config', 'read_config', 'toml_value', 'write_config', 'load_targets', 'choose_galaxies', 'leaking_rows',
            'check_split', 'flat', 'identity', 'check_same', 'plain', 'random_state', 'set_random_state',
-           'own_randomness', 'unwrapped', 'host_counters', 'capture', 'restore', 'write_checkpoint', 'read_checkpoint',
-           'process', 'over_ranks', 'Turns', 'Share', 'shared', 'Ranks', 'own_device', 'FrozenNorm', 'distributed',
-           'peak_memory', 'event_writer', 'Keeper', 'write_metrics', 'read_metrics', 'source_commit', 'circumstances',
-           'Run', 'claimed', 'prepare', 'make_run_learner', 'run_experiment', 'train_in', 'describe_run',
-           'begin_folder', 'finish_run', 'run_train_config']
+           'own_randomness', 'unwrapped', 'host_counters', 'capture', 'restore', 'write_state', 'read_state', 'process',
+           'over_ranks', 'Turns', 'Share', 'shared', 'Ranks', 'own_device', 'FrozenNorm', 'distributed',
+           'device_memory', 'device_name', 'event_writer', 'Keeper', 'write_metrics', 'read_metrics', 'source_commit',
+           'circumstances', 'Run', 'claimed', 'prepare', 'make_run_learner', 'run_experiment', 'train_in',
+           'describe_run', 'begin_folder', 'finish_run', 'run_train_config']
 
 # %% ../nbs/09b_experiment.ipynb #74cdf0e6
-import atexit, io, json, os, platform, random, resource, shlex, subprocess, sys, time, tomllib, warnings
+import atexit, io, json, os, platform, random, shlex, subprocess, sys, time, tomllib, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from fastai.torch_core import to_detach
 from filelock import FileLock, Timeout
 
 from . import __version__
-from .core import BadInput, atomic_write, write_json
+from .core import BadInput, atomic_write, peak_memory, processor_name, write_json
 from .data.survey import Survey, file_checksum, sky_cell
 from .deconv import together
 from .models import ARCHITECTURES, create_network
@@ -331,7 +331,7 @@ def restore(
     learn.stop_when_dead.dead = state["dead"]
 
 # %% ../nbs/09b_experiment.ipynb #230a0cfb
-def write_checkpoint(
+def write_state(
     path, state:dict,               # file; plain values
 ):
     "Save atomically. Raises `OSError` when the disk is full."
@@ -341,7 +341,7 @@ def write_checkpoint(
         f.write(memory.getbuffer())
         f.flush(); os.fsync(f.fileno())
 
-def read_checkpoint(
+def read_state(
     path,                           # file
     mine:dict,                      # `identity` of the run that wants to go on
     net,                            # its network
@@ -451,10 +451,17 @@ def distributed(
     return learn.distrib_ctx(sync_bn=cuda, cpu=not cuda, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
 
 # %% ../nbs/09b_experiment.ipynb #448b07c8
-def peak_memory():                  # GB
-    "The most memory that this process has used so far: on the GPU where one is used, else resident."
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)      # bytes there, kB on Linux
+def device_memory(
+    device="cpu",                   # torch device
+)->float:                           # GB
+    "The most memory used so far: of the GPU, or resident in this process."
+    return torch.cuda.max_memory_allocated(device) / 1e9 if torch.device(device).type == "cuda" else peak_memory()
+
+def device_name(
+    device="cpu",                   # torch device
+)->str:
+    "What the maker calls it."
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor_name()
 
 def event_writer(
     folder, epoch:int,              # of the run; epochs done
@@ -497,14 +504,14 @@ def row(self:Keeper):               # dict, a line of metrics.csv
     "The epoch's numbers."
     names, values = ["train_loss", "valid_loss", *(m.name for m in self.metrics)], self.recorder.values[-1]
     return dict(epoch=self.epoch + 1, **{k: np.nan if v is None else float(v) for k, v in zip(names, values)}, lr=float(self.opt.hypers[-1]["lr"]),
-                seconds=round(self.spent + time.perf_counter() - self.begun, 3), peak_gb=round(peak_memory(), 3))
+                seconds=round(self.spent + time.perf_counter() - self.begun, 3), peak_gb=round(device_memory(next(self.model.parameters()).device), 3))
 
 @patch
 def write(self:Keeper):
     "Checkpoint, table, events, a line of text. `BadInput` when the disk is full."
     row = self.rows[-1]
     try:
-        write_checkpoint(self.folder / "checkpoint.pt", capture(self.learn) | dict(identity=self.mine, rows=self.rows))
+        write_state(self.folder / "checkpoint.pt", capture(self.learn) | dict(identity=self.mine, rows=self.rows))
         write_metrics(self.folder, self.rows)
         if self.events:
             for k, v in row.items():
@@ -537,11 +544,8 @@ def circumstances(
     device,                         # torch device
 ):                                  # dict of text and numbers
     "Command, versions and machine."
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [l.split(":")[1].strip() for l in cpuinfo.read_text().splitlines() if l.startswith("model name")] if cpuinfo.exists() else []
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else models[0] if models else platform.processor() or platform.machine()
     return dict(command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), spectranb=__version__, commit=source_commit(), python=platform.python_version(), torch=torch.__version__,
-                fastai=fastai.__version__, numpy=np.__version__, device=name, processes=process()[1], threads=torch.get_num_threads(), started=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+                fastai=fastai.__version__, numpy=np.__version__, device=device_name(device), processes=process()[1], threads=torch.get_num_threads(), started=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
 # %% ../nbs/09b_experiment.ipynb #b503b3f7
 @dataclass
@@ -644,7 +648,7 @@ def train_in(folder, config, seed, survey, mine, info, device, progress, log, cb
         train, valid, transform, notes = prepare(config, seed, survey, device)
         n_out = train.targets.shape[1]
         learn = make_run_learner(config, seed, train, valid, n_out, device, progress, cbs)
-        state = read_checkpoint(folder / "checkpoint.pt", mine, learn.model)
+        state = read_state(folder / "checkpoint.pt", mine, learn.model)
         if state: restore(learn, state)
         keeper = Keeper(folder, mine, state, log, writes)
         learn.add_cb(keeper)
