@@ -11,7 +11,7 @@ __all__ = ['NETWORKS', 'INGREDIENTS', 'BETTER', 'PUBLISHED', 'PUBLISHED_SIZE', '
            'plot_against', 'size_rows', 'run_command']
 
 # %% ../nbs/11b_table1.ipynb #a4c7a719
-import itertools, json, math, time, warnings
+import itertools, json, math, sys, time, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
