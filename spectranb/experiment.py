@@ -613,13 +613,13 @@ def prepare(
     return *(shared(train, valid) if world > 1 else (train, valid)), transform, notes
 
 def make_run_learner(
-    config, seed:int, train, valid, n_out:int, device, progress, cbs,
+    config, seed:int, train, valid, transform, n_out:int, device, progress, cbs,
 ):                                  # `Learner`
     "Network, loss and callbacks of a configuration."
     s, n = config.schedule, config.network
     precision = fast_precision(device) if s.precision == "auto" else getattr(torch, s.precision)
     cbs = [*cbs, *([FrozenNorm()] if n.frozen_norm else []), *([Ranks(s.loss, seed)] if process()[1] > 1 else [])]
-    return make_learner(train, valid, create_network(n.arch, n_out=n_out, **n.kwargs), s.loss, s.wd, precision=precision, progress=progress and process()[0] == 0, cbs=cbs)
+    return make_learner(train, valid, create_network(n.arch, transform, n_out=n_out, **n.kwargs), s.loss, s.wd, precision=precision, progress=progress and process()[0] == 0, cbs=cbs)
 
 # %% ../nbs/09b_experiment.ipynb #9e726162
 def run_experiment(
@@ -647,7 +647,7 @@ def train_in(folder, config, seed, survey, mine, info, device, progress, log, cb
     with own_randomness(seed):
         train, valid, transform, notes = prepare(config, seed, survey, device)
         n_out = train.targets.shape[1]
-        learn = make_run_learner(config, seed, train, valid, n_out, device, progress, cbs)
+        learn = make_run_learner(config, seed, train, valid, transform, n_out, device, progress, cbs)
         state = read_state(folder / "checkpoint.pt", mine, learn.model)
         if state: restore(learn, state)
         keeper = Keeper(folder, mine, state, log, writes)

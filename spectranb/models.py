@@ -8,8 +8,8 @@ __all__ = ['STEM_POOLS', 'POOLS', 'ARCHITECTURES', 'INERT', 'mish_formula', 'fla
            'SpectralMatrix', 'SelfAttention', 'ResidualBlock', 'layer_kinds', 'BlurPool', 'GeM', 'chosen',
            'check_batch', 'XResNet', 'stem_layers', 'architecture', 'create_network', 'xresnet18', 'xresnet18_hybrid',
            'xresnet18_deconv', 'xresnet34', 'xresnet34_hybrid', 'xresnet34_deconv', 'xresnet50', 'xresnet50_hybrid',
-           'xresnet50_deconv', 'SimpleNet', 'simple_cnn', 'simple_deconv', 'Skipped', 'read_checkpoint',
-           'load_checkpoint', 'HalfPrecision']
+           'xresnet50_deconv', 'SimpleNet', 'simple_cnn', 'simple_deconv', 'AperturePhotometry', 'WithPhotometry',
+           'Skipped', 'read_checkpoint', 'load_checkpoint', 'HalfPrecision']
 
 # %% ../nbs/08_models.ipynb #09e39647
 # The networks of Wu & Peek, "Predicting galaxy spectra from images with hybrid convolutional neural networks" (2020,
@@ -331,12 +331,17 @@ def architecture(
 
 def create_network(
     arch:str,                       # a key of `ARCHITECTURES`
+    stretch=None,                   # `InputTransform` that its images go through, for `photometry`
+    photometry:bool=False,          # with aperture photometry at its end: `WithPhotometry`
     **kwargs,                       # passed to it
 ):                                  # `nn.Module`
     "Build a network by name."
     if arch not in ARCHITECTURES: raise BadInput(arch, "is no network known here", f"Choose from {', '.join(ARCHITECTURES)}.")
-    try: return ARCHITECTURES[arch](**kwargs)
+    try: net = ARCHITECTURES[arch](**kwargs)
     except TypeError as e: raise BadInput(arch, f"cannot be built: {e}", "See the arguments of `XResNet` and `SimpleNet`.") from e
+    if photometry: net = WithPhotometry(net)
+    if photometry and stretch is not None: net.set_stretch(stretch.softening, stretch.mean, stretch.std)
+    return net
 
 # %% ../nbs/08_models.ipynb #179a37e1
 @architecture
@@ -427,6 +432,50 @@ def simple_cnn(**kwargs):
 def simple_deconv(**kwargs):
     "Three convolutions with network deconvolution."
     return SimpleNet(deconv_layer, **kwargs)
+
+# %% ../nbs/08_models.ipynb #7ed44ffa
+class AperturePhotometry(nn.Module):
+    "Asinh fluxes in circles, colours and concentrations: stretched images (B, c_in, H, W) → (B, n_features) float32."
+    def __init__(self,
+        c_in:int=5,                 # bands, from blue to red
+        radii=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 15 / 16),       # in units of half the image's side, increasing
+    ):
+        super().__init__()
+        self.radii = tuple(radii)
+        self.n_features = c_in * len(radii) + (c_in - 1) * len(radii) + c_in * (len(radii) - 1)
+        for name, value in dict(softening=1.0, mean=0.0, std=1.0).items(): self.register_buffer(name, torch.full((c_in, 1, 1), value))
+
+    def set_stretch(self,
+        softening, mean, std,       # (c_in,) each, of an `InputTransform`; softening: five times the noise of a pixel
+    ):
+        "Note how the images were stretched: (asinh(flux / softening) − mean) / std."
+        for buffer, value in zip((self.softening, self.mean, self.std), (softening, mean, std)): buffer.copy_(torch.as_tensor(value).reshape(-1, 1, 1))
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            flux = (x.float() * self.std + self.mean).sinh() * self.softening
+            y, x = (torch.arange(n, device=flux.device) - (n - 1) / 2 for n in flux.shape[2:])
+            distance = (y[:, None].square() + x.square()).sqrt()
+            circles = torch.stack([distance < r * min(flux.shape[2:]) / 2 for r in self.radii]).float()
+            noise = self.softening[:, 0] / 5 * circles.sum((1, 2)).clamp(min=1).sqrt()           # a circle without a pixel measures 0
+            a = (torch.einsum("bchw,rhw->bcr", flux, circles) / (2 * noise)).asinh()
+            return torch.cat([a.flatten(1), a.diff(dim=1).flatten(1), a.diff(dim=2).flatten(1)], 1)
+
+class WithPhotometry(nn.Module):
+    "A network whose last linear layer also sees a hidden layer on `AperturePhotometry`: the two outputs are added."
+    def __init__(self,
+        net,                        # network with `c_in` and a linear layer at its end
+        hidden:int=64,              # units of the hidden layer
+    ):
+        super().__init__()
+        self.net, self.photometry, self.c_in = net, AperturePhotometry(net.c_in), net.c_in
+        first, last = nn.Linear(self.photometry.n_features, hidden), nn.Linear(hidden, net[-1].out_features)
+        self.head = nn.Sequential(nn.BatchNorm1d(self.photometry.n_features), kaiming(first), Mish(), last)
+        for p in last.parameters(): nn.init.zeros_(p)                   # starts as `net` alone
+
+    def set_stretch(self, *stretch): self.photometry.set_stretch(*stretch)
+
+    def forward(self, x): return self.net(x) + self.head(self.photometry(x))
 
 # %% ../nbs/08_models.ipynb #208ba762
 class Skipped:

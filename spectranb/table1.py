@@ -117,7 +117,7 @@ def run_once(
     pieces, true = np.array_split(sample.valid, math.ceil(len(sample.valid) / 512)), sample.targets[sample.valid]
     predicted, averaged = (np.concatenate([network.predict(sample.cutouts[p], tta=tta) for p in pieces]) for tta in (False, True))
     with atomic_write(folder / "predictions.npz") as tmp: np.savez(tmp, predicted=predicted, averaged=averaged, true=true, rows=sample.valid)
-    with atomic_write(folder / "history.csv") as tmp: network.history.to_csv(tmp, index=False)
+    network.save(folder)                                     # weights.safetensors, network.json, history.csv
     result = summarise(predicted, true) | summarise(averaged, true, "tta_")
     cost = dict(parameters=sum(p.numel() for p in network.net.parameters()), seconds=network.config["seconds"], memory=round(device_memory(network.device), 2),
                 device=device_name(network.device), threads=torch.get_num_threads(), precision=network.config["precision"], torch=torch.__version__, date=time.strftime("%Y-%m-%d %H:%M"))
@@ -219,6 +219,7 @@ INGREDIENTS = {
     "full-resolution": dict(bin=1),                         # and crop / bin pixels
     "averaged-weights": dict(cbs=(AverageWeights,)),
     "gaussian-loss": dict(cbs=(GaussianLoss,)),
+    "photometry": dict(net_kwargs=dict(photometry=True)),   # aperture colours beside the last feature maps
     "generalised-mean": dict(net_kwargs=dict(pool="gem")),
     "averaged-covariance": dict(net_kwargs=dict(deconv=dict(average="covariance")))}
 

@@ -339,7 +339,7 @@ def train_network(
     data = make_batches(cutouts, targets, train_idx, valid_idx, transform, device, batch_size, seed, augment, rotate, band_dropout, keep)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        learn, start = make_learner(*data, create_network(arch, **net_kwargs), loss, wd, precision=precision, progress=progress, log=log, cbs=cbs), time.perf_counter()
+        learn, start = make_learner(*data, create_network(arch, transform, **net_kwargs), loss, wd, precision=precision, progress=progress, log=log, cbs=cbs), time.perf_counter()
         try:
             with keep_memory() if device.type == "cpu" else nullcontext(): learn.fit_one_cycle(epochs, lr)
         except BadInput as e: raise BadInput(e.name, e.what, e.remedy) from None       # without fastai's wrapping

@@ -207,6 +207,42 @@ def test_registry():
     with pytest.raises(BadInput, match="cannot be built.*colour"): create_network("xresnet18", colour=1)
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (45, 45), (40, 56)])
+def test_photometry_agrees_with_photutils(shape):
+    from photutils.aperture import CircularAperture, aperture_photometry
+    rng, radii = np.random.default_rng(0), (1 / 8, 1 / 2, 15 / 16)
+    softening, mean, std = np.array([0.5, 1.0, 2.0]), rng.normal(size=3), rng.uniform(1, 2, 3)
+    flux = rng.gamma(0.3, 3, (2, 3, *shape)) - 0.1
+    stretched = (np.arcsinh(flux / softening[:, None, None]) - mean[:, None, None]) / std[:, None, None]
+    measure = models.AperturePhotometry(3, radii)
+    measure.set_stretch(softening, mean, std)
+    centre, R = ((shape[1] - 1) / 2, (shape[0] - 1) / 2), [r * min(shape) / 2 for r in radii]
+    circles = [CircularAperture(centre, r) for r in R]
+    area = np.array([c.to_mask(method="center").data.sum() for c in circles])
+    F = np.array([[[aperture_photometry(band, c, method="center")["aperture_sum"][0] for c in circles] for band in image] for image in flux])
+    a = np.arcsinh(F / (2 * softening[:, None] / 5 * np.sqrt(area)))
+    wanted = np.concatenate([a.reshape(2, -1), (a[:, 1:] - a[:, :-1]).reshape(2, -1), (a[:, :, 1:] - a[:, :, :-1]).reshape(2, -1)], 1)
+    found = measure(torch.from_numpy(stretched.astype(np.float32)))
+    assert found.shape == (2, measure.n_features) and np.allclose(found, wanted, atol=2e-4)
+
+
+def test_photometry_is_for_every_network():
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 64, 64)
+    for name in ("simple_deconv", "xresnet18_hybrid"):
+        plain, net = create_network(name, n_out=3), create_network(name, n_out=3, photometry=True)
+        assert list(net.net.state_dict()) == list(plain.state_dict())
+        net.net.load_state_dict(plain.state_dict())
+        assert torch.equal(net.eval()(x), plain.eval()(x))              # silent at first
+        nn.init.normal_(net.head[-1].weight)
+        assert not torch.allclose(net(x), plain(x)) and torch.allclose(fold_deconv(net)(x), net(x), atol=1e-4)
+        net.train()(x).square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+        with torch.autocast("cpu", torch.bfloat16): assert net.photometry(x).dtype == torch.float32
+    with pytest.raises(BadInput, match="cannot be built.*colour"): create_network("xresnet18", photometry=True, colour=1)
+    with pytest.raises(BadInput, match="NaN"): net(torch.full((2, 5, 64, 64), torch.nan))
+
+
 def test_initial_weights_have_the_published_distributions():
     "He-normal with BatchNorm; He-uniform where an activation follows a deconvolution; PyTorch's default where none does; biases and last gains 0."
     torch.manual_seed(0)

@@ -411,6 +411,17 @@ def test_bundle_round_trip(trained, toy, tmp_path):
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["history.csv", "network.json", "weights.safetensors"]
     trained.save(tmp_path / "a" / "b")                                          # a second time over the first
 
+def test_photometry_knows_the_stretch_and_travels_along(toy, tmp_path):
+    network = train_network(*toy, np.arange(128), np.arange(128, 160), **SMALL, net_kwargs=dict(photometry=True))
+    for name in ("softening", "mean", "std"): assert torch.equal(getattr(network.net.photometry, name), getattr(network.transform, name))
+    network.save(tmp_path / "n")
+    assert np.array_equal(TrainedNetwork.load(tmp_path / "n").predict(toy[0]), network.predict(toy[0]))
+    images = toy[0][:8, :, 2:18, 2:18].astype(np.float64)
+    found = network.net.photometry(network.transform(torch.from_numpy(images.astype(np.float32))))[:, 4:25:5]       # the largest circle
+    circle = np.hypot(*np.mgrid[-7.5:8, -7.5:8]) < 7.5
+    noise = network.transform.softening[:, 0, 0].numpy() / 5 * np.sqrt(circle.sum())
+    assert np.allclose(found, np.arcsinh(images[..., circle].sum(-1) / (2 * noise)), atol=1e-3)
+
 @pytest.mark.parametrize("spoil", ["weights.safetensors", "network.json", "arch", "truncate"])
 def test_spoiled_bundles_are_named(trained, tmp_path, spoil):
     trained.save(tmp_path)
