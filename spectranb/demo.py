@@ -22,7 +22,7 @@ from .data.cutouts import read_cutout, read_cutouts
 from .data.mock import simulate_survey
 from .data.spectra import read_galaxies
 from .data.survey import Survey
-from .predict import Predictor, band_removal_table, calibrate_errors, coverage, default_bundle
+from .predict import Predictor, band_removal_table, calibrate_errors, coverage
 from .results import CEILING, format_table, measure_features, metrics_table, run_baselines
 from .report import (bands_section, errors_section, gallery, lead_html, learning_section, metrics_section, provenance_section,
                               real_galaxy_section, real_spectra_section, reconstruction_residuals, spectra_section, write_report)
@@ -162,7 +162,8 @@ def train_predictor(
     vae = vae or job.step("spectrum VAE", lambda: keep(fit_vae(survey, train, extra, recipe, progress), "vae"), lambda: SpectrumVAE.load(at("vae")))
     latents = vae.encode(survey.spectra, survey.ivar)
     settings = {k: getattr(recipe, k) for k in ("arch", "crop", "bin", "epochs", "batch_size", "lr", "band_dropout", "seed")}
-    network = job.step("network", lambda: keep(train_network(survey.cutouts, latents, train, held_out, progress=progress, **settings), "network"), lambda: TrainedNetwork.load(at("network")))
+    classes = survey.catalog["spec_class"].fillna("unknown") if "spec_class" in survey.catalog else None
+    network = job.step("network", lambda: keep(train_network(survey.cutouts, latents, train, held_out, progress=progress, classes=classes, **settings), "network"), lambda: TrainedNetwork.load(at("network")))
     def bundle():
         errors = calibrate_errors(network, vae, survey.cutouts, survey.spectra, survey.ivar, calibrate)
         error = (network.predict(survey.cutouts[test]) - latents[test]) ** 2
@@ -326,7 +327,6 @@ def demo(
     recipe:Recipe=None,             # None: `Recipe(seed=seed)`
     workers:int=None,               # processes that simulate; None: one a core
     templates=None,                 # a template file; None: the cache
-    keep:bool=True,                 # leave the bundle where `Predictor.load()` finds it, too
     progress:bool=True, log=print,
 ):                                  # `Predictor`, `Evaluation`
     "The whole chain; interrupted, the same call goes on where it stopped."
@@ -342,7 +342,7 @@ def demo(
         result.prediction.write_fits(at("predictions.fits"))
         with atomic_write(at("metrics.csv")) as tmp: result.metrics.to_csv(tmp)
         predictor.info["metrics"] |= {"held_out": result.metrics["latent_mse"].to_dict(), "band_removal": result.removal["MSE"].to_dict()}
-        for folder in [at("model"), default_bundle()][:1 + keep]: predictor.save(folder)
+        predictor.save(at("model"))
         return real_sections(predictor, real_dir(), at("real"), mock_residuals(predictor.vae, survey, test))
     real = job.step("predictions, bundle, real data", write)
     def report():

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from . import __version__
-from .core import BANDS, DLOGLAM, N_WAVE, REST_WAVELENGTH, BadInput, atomic_write, cache_dir, real_dir, write_json
+from .core import BANDS, DLOGLAM, N_WAVE, REST_WAVELENGTH, BadInput, atomic_write, real_dir, write_json
 from .data.catalog import rejects_table
 from .data.cutouts import Cutout, crop_or_pad
 from .data.spectra import show_spectrum
@@ -447,13 +447,14 @@ BUNDLE = dict(format="spectranb predictor", version=1)
 @patch
 def save(self:Predictor,
     folder,                         # folder of the bundle; an older bundle there is replaced
+    half:bool=False,                # the network's weights in float16: half the size
 ):                                  # the folder
     "Write the bundle; whole or not at all."
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists(): raise BadInput(folder, "is not empty and holds no bundle", "Choose another folder.")
     new = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
-    self.network.save(new / "network"); self.vae.save(new / "vae")
+    self.network.save(new / "network", half); self.vae.save(new / "vae")
     hashes = {k: getattr(self, k) for k in ("trained_on", "calibrated_on") if getattr(self, k) is not None}
     save_file({k: np.ascontiguousarray(v, dtype=np.float64) for k, v in vars(self.errors).items()} | hashes, new / "calibration.safetensors")
     write_json(new / "config.json", BUNDLE | dict(spectranb=__version__, bands=BANDS, arch=self.network.arch, size=self.size, info=self.info))
@@ -462,10 +463,10 @@ def save(self:Predictor,
     return folder
 
 # %% ../nbs/12_predict.ipynb #33d7ee69
-def default_bundle():               # Path; it may not exist
-    "The bundle that ships with the package, else the one that `spectranb demo` left in the cache."
-    shipped = Path(__file__).parent / "bundle" if "__file__" in globals() else Path("nowhere")
-    return shipped if shipped.exists() else cache_dir("models") / "default"
+def default_bundle():               # Path
+    "The bundle that ships with the package."
+    import spectranb
+    return Path(spectranb.__file__).parent / "bundled" / "predictor"
 
 # %% ../nbs/12_predict.ipynb #84516cf8
 @patch(cls_method=True)
@@ -474,7 +475,7 @@ def load(cls:Predictor,
 ):                                  # `Predictor`
     "Open a bundle. `BadInput` says what is missing or foreign."
     folder = Path(path or default_bundle())
-    if path is None and not folder.exists(): raise BadInput("Predictor.load", "there is no default model yet", "Run `make demo`, or give the folder of a model that `spectranb train` wrote.")
+    if path is None and not folder.exists(): raise BadInput("Predictor.load", "no model came with this installation", "Give the folder of one that `spectranb train` or `make demo` wrote.")
     try: config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError: raise BadInput(folder, "is not a model bundle: there is no config.json", "Check the path.") from None
     except ValueError as e: raise BadInput(folder / "config.json", f"is damaged ({e})", "Copy the bundle again.") from None

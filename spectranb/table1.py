@@ -160,6 +160,7 @@ def table1(
     out,                            # folder of the experiment: one folder a training
     networks=NETWORKS, seeds=(0, 1, 2),
     epochs:int=10,
+    long:int=None,                  # and once more the xresnets with so many epochs; published: 50
     crop:int=128, bin:int=2,        # pixels of the cutout, pixels summed on a side
     n:int=None, n_valid:int=None, vae=None, latents=None, split:str="random",       # as in `make_sample`
     progress:bool=True,             # a bar
@@ -167,8 +168,9 @@ def table1(
 ):                                  # DataFrame, one row a training
     "Train every network with every seed by the published recipe. Killed at any time, the same call goes on."
     sample = survey if isinstance(survey, Sample) else make_sample(survey, n, n_valid, vae, latents, split)
-    plan = {f"{arch}-{epochs}-{seed}": dict(sample=sample, arch=arch, seed=seed) for seed in seeds for arch in networks}
-    return runs_frame(run_all(plan, out, progress, epochs=epochs, crop=crop, bin=bin, **settings))
+    columns = [(epochs, networks), *([(long, [n for n in networks if n.startswith("xresnet")])] if long else [])]
+    plan = {f"{arch}-{k}-{seed}": dict(sample=sample, arch=arch, seed=seed, epochs=k) for k, names in columns for seed in seeds for arch in names}
+    return runs_frame(run_all(plan, out, progress, crop=crop, bin=bin, **settings))
 
 # %% ../nbs/11b_table1.ipynb #8e837f50
 class AverageWeights(Callback):
@@ -201,13 +203,14 @@ class GaussianLoss(Callback):
     "Train mean and variance of each latent by their likelihood; keep the mean."
     order = 20                                              # after `Autocast`
     def resize(self, keep):
-        "Replace the last layer by one with twice or half the outputs."
-        old = self.model[-1]
-        new = nn.Linear(old.in_features, old.out_features // 2 if keep else 2 * old.out_features).to(old.weight.device)
-        with torch.no_grad():
-            for a, b in (new.weight, old.weight), (new.bias, old.bias):
-                a.zero_(); n = min(len(a), len(b)); a[:n] = b[:n]
-        self.model[-1] = new
+        "Replace each last layer (two with photometry) by one with twice or half the outputs."
+        for part in [self.model] if isinstance(self.model, nn.Sequential) else [self.model.net, self.model.head]:
+            old = part[-1]
+            new = nn.Linear(old.in_features, old.out_features // 2 if keep else 2 * old.out_features).to(old.weight.device)
+            with torch.no_grad():
+                for a, b in (new.weight, old.weight), (new.bias, old.bias):
+                    a.zero_(); n = min(len(a), len(b)); a[:n] = b[:n]
+            part[-1] = new
     def after_create(self): self.resize(False); self.learn.loss_func = self.loss_of
     def after_pred(self): self.learn.pred, self.log_var = self.pred.chunk(2, 1)
     def loss_of(self, pred, y): return F.gaussian_nll_loss(pred, y, self.log_var.clamp(-6, 4).exp())
@@ -216,7 +219,7 @@ class GaussianLoss(Callback):
 # %% ../nbs/11b_table1.ipynb #18691ca0
 INGREDIENTS = {
     "small-batches": dict(batch_size=32),
-    "full-resolution": dict(bin=1),                         # and crop / bin pixels
+    "full-resolution": dict(bin=1),                         # and crop / bin pixels: a smaller field at the same cost
     "averaged-weights": dict(cbs=(AverageWeights,)),
     "gaussian-loss": dict(cbs=(GaussianLoss,)),
     "photometry": dict(net_kwargs=dict(photometry=True)),   # aperture colours beside the last feature maps
@@ -238,11 +241,11 @@ def with_ingredients(
     return {k: v for k, v in out.items() if v}
 
 # %% ../nbs/11b_table1.ipynb #df4919ea
-BETTER = ("small-batches", "averaged-weights")              # together: a guess, which the table judges
+BETTER = ("full-resolution", "small-batches", "gaussian-loss")  # together: what helped by itself
 
 def ablation(
     survey, out,                    # as in `table1`: the same folder takes over its trainings of `arch`
-    names=("small-batches", "full-resolution", "averaged-weights", "gaussian-loss"),    # each alone
+    names=("small-batches", "full-resolution", "gaussian-loss", "photometry"),  # each alone
     together=BETTER,                # and these at once; (): without
     arch:str="xresnet18_hybrid", seeds=(0, 1, 2), epochs:int=10, crop:int=128, bin:int=2,
     n:int=None, n_valid:int=None, vae=None, latents=None, split:str="random",
@@ -554,11 +557,12 @@ def run_command(
     if experiment is None: raise BadInput(a.what, "is no experiment", "Choose table1, ablation, size or noise.")
     given = dict(networks=a.networks) if a.what == "table1" and a.networks else dict(arch=a.networks[0]) if a.networks else {}
     if a.seeds: given["seeds"] = a.seeds
+    if a.what == "table1": given["long"] = a.long
     vae = SpectrumVAE.load(a.vae) if a.vae else None
     sample = make_sample(a.survey, a.n, a.n_valid, vae, split=a.split)
     runs = experiment(sample, a.out, epochs=a.epochs, crop=a.crop, bin=a.bin, batch_size=a.batch_size, keep=a.keep and a.keep * 1e9, progress=not a.quiet, **given)
     kept = export_results(a.out, Path(a.out) / "tables", command=" ".join(["spectranb", *sys.argv[1:]]), floor=noise_floor(a.survey, sample, vae))
-    if a.what == "table1": print(table1_frame(runs).T.to_string(), "*" + PUBLISHED_SIZE, order_sentence(runs, kept.tests), sep="\n")
+    if a.what == "table1": print(table1_frame(runs).T.to_string(), "*" + PUBLISHED_SIZE, order_sentence(runs[runs["epochs"] == a.epochs], kept.tests[kept.tests["epochs"] == a.epochs] if len(kept.tests) else kept.tests), sep="\n")
     elif a.what == "ablation": print(ablation_frame(runs, runs["arch"].iloc[0]).to_string())
     else: print(runs[["n_train", *(c for c in ("noise",) if c in runs), "seed", "mse", "tta_mse"]].to_string(), f"noise of the spectra: {kept.about['floor']:.3f}", sep="\n")
     print(size_line(runs), f"figures: {Path(a.out) / 'tables'}", sep="\n")

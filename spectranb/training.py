@@ -281,11 +281,13 @@ def predict(self:TrainedNetwork,
 @patch
 def save(self:TrainedNetwork,
     folder,                         # made when missing
+    half:bool=False,                # weights in float16; statistics stay in float32
 ):
     "Write weights, settings and history."
     folder = Path(folder)
     tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()} | {f"transform.{k}": v for k, v in self.transform.state_dict().items()}
-    with atomic_write(folder / "weights.safetensors") as tmp: save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, tmp)
+    small = {f"net.{k}" for k, _ in self.net.named_parameters()} if half else ()
+    with atomic_write(folder / "weights.safetensors") as tmp: save_file({k: v.cpu().to(torch.float16 if k in small else v.dtype).contiguous().clone() for k, v in tensors.items()}, tmp)
     with atomic_write(folder / "history.csv") as tmp: self.history.to_csv(tmp, index=False)
     write_json(folder / "network.json", dict(arch=self.arch, crop=self.transform.crop, bin=self.transform.bin, config=self.config))
 

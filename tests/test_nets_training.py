@@ -411,6 +411,14 @@ def test_bundle_round_trip(trained, toy, tmp_path):
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["history.csv", "network.json", "weights.safetensors"]
     trained.save(tmp_path / "a" / "b")                                          # a second time over the first
 
+def test_half_a_bundle_is_nearly_as_good(trained, toy, tmp_path):
+    trained.save(tmp_path / "whole"); trained.save(tmp_path / "half", half=True)
+    whole, half = [TrainedNetwork.load(tmp_path / name) for name in ("whole", "half")]
+    sizes = [(tmp_path / name / "weights.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.62 * sizes[0] and all(p.dtype == torch.float32 for p in half.net.parameters())
+    for (name, a), b in zip(whole.net.named_buffers(), half.net.buffers()): assert torch.equal(a, b), name      # statistics as they were
+    assert 0 < np.abs(whole.predict(toy[0]) - half.predict(toy[0])).max() < 0.01
+
 def test_photometry_knows_the_stretch_and_travels_along(toy, tmp_path):
     network = train_network(*toy, np.arange(128), np.arange(128, 160), **SMALL, net_kwargs=dict(photometry=True))
     for name in ("softening", "mean", "std"): assert torch.equal(getattr(network.net.photometry, name), getattr(network.transform, name))

@@ -234,6 +234,15 @@ def test_sample_of_a_survey(survey):
     with pytest.raises(BadInput, match="in its training part, 100 wanted"): make_sample(survey, 100, latents=latents)
     with pytest.raises(BadInput, match="in its validation part, 100 wanted"): make_sample(survey, 10, 100, latents=latents)
 
+def test_the_long_column_is_for_the_deep_networks(survey, tmp_path, monkeypatch):
+    import spectranb.table1 as module
+    asked = []
+    def fake(folder, sample, arch, epochs, seed, **_): asked.append((folder.name, arch, epochs, seed)); return dict(asked={}, result={}, cost={})
+    monkeypatch.setattr(module, "run_once", fake)
+    module.table1(make_sample(survey, latents=np.random.default_rng(0).normal(size=(60, 2))), tmp_path, ("xresnet18", "simple_cnn"), (0, 1), epochs=10, long=50, progress=False)
+    assert asked == [("xresnet18-10-0", "xresnet18", 10, 0), ("simple_cnn-10-0", "simple_cnn", 10, 0), ("xresnet18-10-1", "xresnet18", 10, 1), ("simple_cnn-10-1", "simple_cnn", 10, 1),
+                     ("xresnet18-50-0", "xresnet18", 50, 0), ("xresnet18-50-1", "xresnet18", 50, 1)]
+
 def test_floor_is_the_noise_of_the_targets(survey):
     class Mean:                                                       # a coder whose latents are two means over the spectrum
         def encode(self, flux, ivar=None, bad="raise"): return np.stack([flux[:, :500].mean(1), flux[:, 500:].mean(1)], 1)
@@ -245,7 +254,7 @@ def test_floor_is_the_noise_of_the_targets(survey):
 @pytest.mark.parametrize("what, said", [("table1", "1 of 5 networks are finished: there is no order yet."), ("noise", "noise of the spectra")])
 def test_command(survey, tmp_path, capsys, what, said):
     options = dict(what=what, survey=survey.path, out=tmp_path, networks=["simple_cnn"], seeds=[0], epochs=1, crop=32, bin=2, batch_size=16, n=None, n_valid=None,
-                   split="random", vae=None, keep=None, quiet=True)
+                   split="random", vae=None, keep=None, long=None, quiet=True)
     run_command(SimpleNamespace(**options))
     out = capsys.readouterr().out
     assert said in out and "48 simulated galaxies to learn from, 12 to validate, 16 × 16 pixels of 0.5″, 1 epochs" in out
