@@ -15,6 +15,7 @@ from spectranb.core import BANDS, PIXEL_SCALE, BadInput, atomic_write, real_dir
 from spectranb.data.cutouts import read_cutout
 from spectranb.data.fluxcal import synthetic_photometry
 from spectranb.data.mock import simulate_survey
+from spectranb.data.survey import Survey
 from spectranb.demo import evaluate, run_info
 from spectranb.predict import Predictor, calibrate_errors, coverage
 from spectranb.results import CEILING
@@ -98,7 +99,8 @@ if __name__ == "__main__":
     p.add_argument("--work", default="ship_network", metavar="FOLDER", help="for survey and network (default: ship_network)")
     p.add_argument("--out", default="spectranb/bundled/predictor", metavar="FOLDER", help="(default: spectranb/bundled/predictor)")
     a = p.parse_args()
-    survey, vae = simulate_survey(Path(a.work) / "survey", a.n, seed=SEED, size=RECIPE["crop"]), SpectrumVAE.load()
+    folder, vae = Path(a.work) / "survey", SpectrumVAE.load()
+    survey = Survey.open(folder) if (folder / "survey.json").exists() else simulate_survey(folder, a.n, seed=SEED, size=RECIPE["crop"])
     usable, _ = check_spectra(survey.spectra, survey.ivar)
     train_idx, held = (np.sort(part[usable[part]]) for part in survey.split("healpix", seed=12345))
     latents, calibrate, test = vae.encode(survey.spectra, survey.ivar), held[::2], held[1::2]

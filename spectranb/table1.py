@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'INGREDIENTS', 'BETTER', 'PUBLISHED', 'PUBLISHED_SIZE', 'Sample', 'make_sample', 'summarise', 'read_run',
-           'run_once', 'run_all', 'runs_frame', 'read_runs', 'table1', 'AverageWeights', 'GaussianLoss',
-           'with_ingredients', 'ablation', 'smaller', 'training_size', 'sky_noise', 'noisier', 'image_noise',
-           'noise_floor', 'paired_test', 'galaxy_errors', 'compare', 'size_line', 'mean_sd', 'table1_frame',
-           'order_sentence', 'ablation_frame', 'Results', 'export_results', 'load_results', 'plot_curves',
-           'plot_against', 'size_rows', 'run_command']
+           'run_once', 'run_all', 'runs_frame', 'read_runs', 'table1', 'AverageWeights', 'joined', 'FreshStatistics',
+           'GaussianLoss', 'with_ingredients', 'ablation', 'smaller', 'training_size', 'sky_noise', 'noisier',
+           'image_noise', 'noise_floor', 'paired_test', 'galaxy_errors', 'compare', 'size_line', 'mean_sd',
+           'table1_frame', 'order_sentence', 'ablation_frame', 'Results', 'export_results', 'load_results',
+           'plot_curves', 'plot_against', 'size_rows', 'run_command']
 
 # %% ../nbs/11b_table1.ipynb #a4c7a719
 import itertools, json, math, sys, time, warnings
@@ -198,6 +198,35 @@ class AverageWeights(Callback):
     def after_fit(self):
         if self.mean: self.put(self.mean)
 
+# %% ../nbs/11b_table1.ipynb #42fadb52
+def joined(
+    batches,                        # iterable of (x, y)
+    least:int,                      # images
+):                                  # iterator of x
+    "Batches put together until they have enough images; a smaller rest is left out."
+    held = []
+    for x, _ in batches:
+        held.append(x)
+        if sum(map(len, held)) >= least: yield torch.cat(held); held = []
+
+class FreshStatistics(Callback):
+    "After the training, take what normalisation and deconvolution use in evaluation anew."
+    order = 30                                              # after `AverageWeights`
+    def __init__(self,
+        n_batches:int=32,           # at most: fewer if the training part has no more
+        batch_size:int=128,         # images in each, or a batch of the training where that is larger
+    ): self.n_batches, self.batch_size = n_batches, batch_size
+    @torch.no_grad()
+    def after_fit(self):
+        layers = [m for m in self.model.modules() if isinstance(getattr(m, "momentum", None), float)]
+        own, dtype = [m.momentum for m in layers], self.learn.autocast.dtype
+        self.model.train()
+        for k, x in enumerate(itertools.islice(joined(self.dls.train, self.batch_size), self.n_batches), 1):
+            for m in layers: m.momentum = 1 / k
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32): self.model(x)
+        for m, momentum in zip(layers, own): m.momentum = momentum
+        self.model.eval()
+
 # %% ../nbs/11b_table1.ipynb #ea4bab73
 class GaussianLoss(Callback):
     "Train mean and variance of each latent by their likelihood; keep the mean."
@@ -219,7 +248,9 @@ class GaussianLoss(Callback):
 # %% ../nbs/11b_table1.ipynb #18691ca0
 INGREDIENTS = {
     "small-batches": dict(batch_size=32),
+    "lower-rate": dict(lr=1e-2),                            # a third of the published one
     "full-resolution": dict(bin=1),                         # and crop / bin pixels: a smaller field at the same cost
+    "fresh-statistics": dict(cbs=(FreshStatistics,)),
     "averaged-weights": dict(cbs=(AverageWeights,)),
     "gaussian-loss": dict(cbs=(GaussianLoss,)),
     "photometry": dict(net_kwargs=dict(photometry=True)),   # aperture colours beside the last feature maps
@@ -241,11 +272,11 @@ def with_ingredients(
     return {k: v for k, v in out.items() if v}
 
 # %% ../nbs/11b_table1.ipynb #df4919ea
-BETTER = ("full-resolution", "small-batches", "gaussian-loss")  # together: what helped by itself
+BETTER = ("full-resolution", "small-batches", "lower-rate", "fresh-statistics")     # together
 
 def ablation(
     survey, out,                    # as in `table1`: the same folder takes over its trainings of `arch`
-    names=("small-batches", "full-resolution", "gaussian-loss", "photometry"),  # each alone
+    names=("full-resolution", "small-batches", "lower-rate", "gaussian-loss"),  # each alone
     together=BETTER,                # and these at once; (): without
     arch:str="xresnet18_hybrid", seeds=(0, 1, 2), epochs:int=10, crop:int=128, bin:int=2,
     n:int=None, n_valid:int=None, vae=None, latents=None, split:str="random",

@@ -1,5 +1,5 @@
 "Table 1: trainings done once, ingredients, paired tests, tables, and what can be wrong with the input."
-import json
+import copy, json
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
@@ -7,7 +7,9 @@ from scipy import stats
 from torch import nn
 
 from spectranb.core import BadInput
-from spectranb.table1 import (BETTER, INGREDIENTS, NETWORKS, PUBLISHED, AverageWeights, GaussianLoss, Sample, ablation, ablation_frame, compare, export_results,
+from spectranb.deconv import FastDeconv
+from spectranb.models import create_network
+from spectranb.table1 import (BETTER, INGREDIENTS, NETWORKS, PUBLISHED, AverageWeights, FreshStatistics, GaussianLoss, Sample, ablation, ablation_frame, compare, export_results, joined,
                               load_results, make_sample, mean_sd, noise_floor, noisier, order_sentence, paired_test, read_run, read_runs, run_command, run_once, runs_frame, size_line, sky_noise, smaller,
                               table1, table1_frame, training_size, with_ingredients)
 from spectranb.training import Batches, Images, InputTransform, make_learner
@@ -233,6 +235,31 @@ def test_sample_of_a_survey(survey):
     assert len(few.train) == 20 and len(few.valid) == 5 and set(few.train) < set(sample.train)
     with pytest.raises(BadInput, match="in its training part, 100 wanted"): make_sample(survey, 100, latents=latents)
     with pytest.raises(BadInput, match="in its validation part, 100 wanted"): make_sample(survey, 10, 100, latents=latents)
+
+def test_fresh_statistics_are_the_mean_over_large_batches():
+    "Against means taken by hand with the weights at rest, for both kinds of layer; a rest smaller than a batch is left out."
+    rng = np.random.default_rng(0)
+    cutouts, targets = rng.normal(size=(72, 5, 16, 16)), rng.normal(size=(72, 3)).astype(np.float32)
+    transform = InputTransform.fit(cutouts, 16)
+    batches = lambda shuffle: Batches(Images(cutouts, np.arange(72), transform), targets, 8, shuffle=shuffle)
+    assert [len(x) for x in joined(batches(False), 20)] == [24, 24, 24] and [len(x) for x in joined(batches(False), 30)] == [32, 32]
+    for name in "simple_cnn", "simple_deconv":
+        torch.manual_seed(0)
+        learn = make_learner(batches(False), batches(False), create_network(name, n_out=3), precision=torch.float32, cbs=[FreshStatistics(batch_size=24)])
+        learn.fit(1, 1e-2)
+        first, x = learn.model[0], transform(torch.from_numpy(cutouts.astype(np.float32)))
+        assert not learn.model.training
+        if name == "simple_cnn":
+            y = first[0](x)
+            assert torch.allclose(first[1].running_mean, y.mean((0, 2, 3)), atol=1e-5) and first[1].momentum == 0.1
+            by_batch = torch.stack([part.var((0, 2, 3)) for part in y.split(24)]).mean(0)
+            assert torch.allclose(first[1].running_var, by_batch, rtol=1e-4)
+        else:
+            roots = []
+            for part in x.split(24):
+                layer = copy.deepcopy(first[0]).train(); layer.momentum = 1.0
+                layer(part); roots.append(layer.running_deconv)
+            assert isinstance(first[0], FastDeconv) and torch.allclose(first[0].running_deconv, torch.stack(roots).mean(0), atol=1e-4)
 
 def test_the_long_column_is_for_the_deep_networks(survey, tmp_path, monkeypatch):
     import spectranb.table1 as module
