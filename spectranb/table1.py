@@ -566,7 +566,7 @@ def plot_against(
     if np.isfinite(floor): ax.axhline(floor, color="0.4", ls=":", label="noise of the spectra")
     ticks = sorted(set(runs[column]))
     ax.set(xscale="log", xlabel=dict(n_train="different training galaxies", noise="noise of the images / the survey's").get(column, column), ylabel="MSE of a latent, validation", ylim=(0, 1.08 * runs["mse"].max()))
-    ax.set_xticks(ticks, [f"{t:g}" for t in ticks]); ax.minorticks_off(); ax.legend(fontsize=8)
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks]); ax.minorticks_off(); ax.legend(fontsize=8, loc="lower left")
     return ax
 
 def size_rows(
