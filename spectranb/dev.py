@@ -323,9 +323,9 @@ def test_jobs(
     flags=(),                       # flags of cells to run that are otherwise left alone
     report="report.xml",            # where pytest shall write its report
 )->dict:                            # name -> argument list
-    "The commands of a full test."
+    "The commands of a full test. A case of pytest that takes over 300 s says where it is."
     tool = lambda name: str(Path(sys.executable).parent / name)
-    jobs = {"pytest": [sys.executable, "-m", "pytest", "-q", "-rs", f"--junitxml={report}", "tests"]}
+    jobs = {"pytest": [sys.executable, "-m", "pytest", "-q", "-rs", "-o", "faulthandler_timeout=300", f"--junitxml={report}", "tests"]}
     if not any((Path(root) / "tests").glob("test_*.py")): jobs = {}
     jobs["sync"] = [sys.executable, "-m", "spectranb.dev", "sync"]
     for path in reversed(notebooks(root)):                                  # later ones build on earlier ones and take longer

@@ -7,13 +7,13 @@ __all__ = ['setting', 'DataConfig', 'NetworkConfig', 'ScheduleConfig', 'Experime
            'as_config', 'read_config', 'toml_value', 'write_config', 'load_targets', 'choose_galaxies', 'leaking_rows',
            'check_split', 'flat', 'identity', 'check_same', 'plain', 'random_state', 'set_random_state',
            'own_randomness', 'unwrapped', 'host_counters', 'capture', 'restore', 'write_state', 'read_state', 'process',
-           'over_ranks', 'Turns', 'Share', 'shared', 'Ranks', 'own_device', 'FrozenNorm', 'distributed',
+           'over_ranks', 'Turns', 'Share', 'shared', 'Ranks', 'own_device', 'FrozenNorm', 'leave_group', 'distributed',
            'device_memory', 'device_name', 'event_writer', 'Keeper', 'write_metrics', 'read_metrics', 'source_commit',
            'circumstances', 'Run', 'claimed', 'prepare', 'make_run_learner', 'run_experiment', 'train_in',
            'describe_run', 'begin_folder', 'finish_run', 'run_train_config']
 
 # %% ../nbs/09b_experiment.ipynb #74cdf0e6
-import atexit, io, json, os, platform, random, shlex, subprocess, sys, time, tomllib, warnings
+import atexit, gc, io, json, os, platform, random, shlex, subprocess, sys, time, tomllib, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -439,6 +439,12 @@ class FrozenNorm(Callback):
         for m in self.model.modules():
             if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)): m.eval()
 
+def leave_group():
+    "End the talk between processes, after the networks that take part: PyTorch can hang where one outlives it (pytorch#56297)."
+    from fastai.distributed import teardown_distrib
+    gc.collect()
+    teardown_distrib()
+
 def distributed(
     learn, cuda:bool,               # `Learner`; whether it computes on a GPU
 ):                                  # context
@@ -446,8 +452,7 @@ def distributed(
     if process()[1] == 1: return nullcontext()
     try: from accelerate import DistributedDataParallelKwargs
     except ImportError: raise BadInput("accelerate", "is not installed", "Several processes need it: pip install accelerate.") from None
-    from fastai.distributed import teardown_distrib
-    if not together(): atexit.register(teardown_distrib)
+    if not together(): atexit.register(leave_group)
     return learn.distrib_ctx(sync_bn=cuda, cpu=not cuda, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
 
 # %% ../nbs/09b_experiment.ipynb #448b07c8

@@ -21,10 +21,12 @@ SMALL = dict(stem_szs=[4, 4, 8], widen=0.125, groups=1)
 NETWORKS = dict(deconv=(dict(arch="xresnet18_deconv", kwargs=SMALL | dict(deconv=dict(sampling_stride=1))), "mse", 1e-3),
                 hybrid=(dict(arch="xresnet18_hybrid", kwargs=SMALL, frozen_norm=True), "rmse", 1e-2))
 SCRIPT = """
-import json, sys, warnings, torch
+import gc, json, sys, warnings, torch
 warnings.simplefilter("ignore"); torch.set_num_threads(1)
 from spectranb.experiment import run_experiment
 for config, folder in json.load(open(sys.argv[1])): run_experiment(config, folder, progress=False)
+gc.collect()                                            # a network that still held the group might hang the end of the process
+assert not any(isinstance(x, torch.nn.parallel.DistributedDataParallel) for x in gc.get_objects())
 """
 
 

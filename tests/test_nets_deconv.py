@@ -1,5 +1,5 @@
 "Network deconvolution against the paper's equations in plain NumPy float64, and its behaviour in odd circumstances."
-import copy, json, math
+import copy, gc, json, math, time
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -424,14 +424,25 @@ def train_part(rank, folder):
         optimizer.zero_grad(), (y.square().sum() / 8 * 2).backward(), optimizer.step()           # DDP takes the mean of the two gradients
         outputs.append(y.detach())
     torch.save((outputs, net.eval().state_dict(), alone.state_dict()), f"{folder}/{rank}.pt")
+    del parallel                                        # it would hold the group for longer than Python can wait for: pytorch#56297
+    gc.collect()
     torch.distributed.destroy_process_group()
+
+def in_two_processes(function, args, limit=120):
+    "Both have to end within `limit` seconds; what hangs is killed and fails."
+    both = torch.multiprocessing.spawn(function, args, nprocs=2, join=False)
+    end = time.monotonic() + limit
+    while not both.join(timeout=max(0, end - time.monotonic())):
+        if time.monotonic() < end: continue
+        for p in both.processes: p.kill()
+        pytest.fail(f"two processes had not ended after {limit} s")
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch was built without torch.distributed")
 def test_two_processes_equal_one(tmp_path):
     torch.manual_seed(1)
     data = [torch.randn(8, 3, 21, 21, dtype=torch.float64) * torch.arange(1, 9).view(-1, 1, 1, 1) for _ in range(3)]
     torch.save(data, tmp_path / "x.pt")
-    torch.multiprocessing.spawn(train_part, (str(tmp_path),), nprocs=2)
+    in_two_processes(train_part, (str(tmp_path),))
     net = deconv_net()
     optimizer, outputs = torch.optim.SGD(net.parameters(), 0.1), []
     for x in data:
