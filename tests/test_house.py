@@ -202,6 +202,15 @@ def test_every_notebook_is_in_the_readme():
     assert [within(p) for p in notebooks(ROOT) if p.name != SETTINGS["readme_nb"] and f"(nbs/{within(p)})" not in readme] == []
 
 
+def test_links_lead_to_files():
+    "In the README, in every notebook, and in the cards of what ships."
+    pages = {p: p.read_text(encoding="utf-8") for p in [ROOT / "README.md", *(ROOT / "benchmarks").glob("*.md"), *(ROOT / "spectranb/bundled").glob("*/README.md")]}
+    for p in notebooks(ROOT):
+        pages[p] = "\n".join("".join(c["source"]) for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    targets = [(p, target) for p, text in pages.items() for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)]
+    assert len(targets) > 60 and not [(p.name, target) for p, target in targets if not (p.parent / target).exists()]
+
+
 def test_every_notebook_has_a_title_and_a_subtitle_of_one_line():
     "nbdev takes the page's title and description from the first cell, and only this form of it."
     for path in notebooks(ROOT):
