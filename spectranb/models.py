@@ -461,6 +461,7 @@ class AperturePhotometry(nn.Module):
             a = (torch.einsum("bchw,rhw->bcr", flux, circles) / (2 * noise)).asinh()
             return torch.cat([a.flatten(1), a.diff(dim=1).flatten(1), a.diff(dim=2).flatten(1)], 1)
 
+# %% ../nbs/08_models.ipynb #33daa9c4
 class WithPhotometry(nn.Module):
     "A network whose last linear layer also sees a hidden layer on `AperturePhotometry`: the two outputs are added."
     def __init__(self,
