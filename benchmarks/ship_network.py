@@ -15,12 +15,12 @@ from spectranb.data.cutouts import read_cutout
 from spectranb.data.fluxcal import synthetic_photometry
 from spectranb.data.mock import simulate_survey
 from spectranb.data.survey import Survey
-from spectranb.demo import evaluate, run_info
-from spectranb.predict import Predictor, calibrate_errors, coverage
+from spectranb.demo import calibrated_predictor, evaluate, usable_parts
+from spectranb.predict import coverage
 from spectranb.results import CEILING
 from spectranb.table1 import BETTER, with_ingredients
 from spectranb.training import TrainedNetwork, train_network
-from spectranb.vae import SpectrumVAE, check_spectra
+from spectranb.vae import SpectrumVAE
 
 COMMAND, SEED, DROPOUT = "python benchmarks/ship_network.py", 81, 0.05
 RECIPE = with_ingredients(BETTER, crop=128, bin=2)
@@ -86,10 +86,10 @@ def real_galaxy(predictor, redshifts=(0.02, 0.04)):
     folder = real_dir()
     if folder is None: return "Not tried: the folder of real files was not there."
     image = read_cutout(sorted((folder / "ps1_cutouts").glob("*.fits")), name="PS1 barred spiral")
-    p, toy = predictor.predict(image, tta=True), lambda a, b: MAGNITUDES[a] - MAGNITUDES[b]
+    p, colour = predictor.predict(image, tta=True), lambda a, b: MAGNITUDES[a] - MAGNITUDES[b]
     colours = [synthetic_photometry(p.flux, [z], filters="ps1").mag[0] for z in redshifts]
     said = "; ".join(f"z = {z:g}: {m[0] - m[1]:.2f} and {m[1] - m[2]:.2f}" for z, m in zip(redshifts, colours))
-    return (f"A barred spiral of r = 14.5 (Pan-STARRS stack cutouts, no *y*; flag: \"{p.flags[0]}\"). Its colours within 15″ are g − r = {toy('g', 'r'):.2f} and r − i = {toy('r', 'i'):.2f}; "
+    return (f"A barred spiral of r = 14.5 (Pan-STARRS stack cutouts, no *y*; flag: \"{p.flags[0]}\"). Its colours within 15″ are g − r = {colour('g', 'r'):.2f} and r − i = {colour('r', 'i'):.2f}; "
             f"those of the predicted spectrum, put at an assumed redshift (its own is not among the files): {said}. Mean σ of the predicted flux {p.sigma.mean():.1%} of its rms. There is no spectrum of it to compare with.")
 
 
@@ -102,17 +102,15 @@ if __name__ == "__main__":
     a = p.parse_args()
     folder, vae = Path(a.work) / "survey", SpectrumVAE.load()
     survey = Survey.open(folder) if (folder / "survey.json").exists() else simulate_survey(folder, a.n, seed=SEED, size=RECIPE["crop"])
-    usable, _ = check_spectra(survey.spectra, survey.ivar)
-    train_idx, held = (np.sort(part[usable[part]]) for part in survey.split("healpix", seed=12345))
-    latents, calibrate, test = vae.encode(survey.spectra, survey.ivar), held[::2], held[1::2]
-    network = train(survey, latents, (train_idx, held), a, Path(a.work) / "network")
-    errors = calibrate_errors(network, vae, survey.cutouts, survey.spectra, survey.ivar, calibrate)
-    info = dict(simulated=True, note="learned from simulated galaxies only", survey_provenance=survey.info["provenance"], n_train=len(train_idx), n_calibration=len(calibrate),
-                n_test=len(test), split="healpix", split_seed=12345, **run_info() | dict(command=COMMAND if (a.n, a.epochs) == (10_000, 10) else f"{COMMAND} --n {a.n} --epochs {a.epochs}"))
-    predictor = Predictor(network, vae, errors, info).remember(survey.catalog["object_id"], train_idx, calibrate)
+    train_idx, held = usable_parts(survey, "healpix", 12345)
+    calibrate, test = held[::2], held[1::2]
+    network = train(survey, vae.encode(survey.spectra, survey.ivar), (train_idx, held), a, Path(a.work) / "network")
+    predictor = calibrated_predictor(network, vae, survey, train_idx, calibrate, n_test=len(test), split="healpix", split_seed=12345, note="learned from simulated galaxies only",
+                                     command=COMMAND if (a.n, a.epochs) == (10_000, 10) else f"{COMMAND} --n {a.n} --epochs {a.epochs}")
+    info = predictor.info
     result = evaluate(predictor, survey)
     judged = coverage(survey.spectra[result.rows][result.test], result.prediction.flux[result.test], result.prediction.sigma[result.test], survey.ivar[result.rows][result.test])
-    info["metrics"] = dict(latent_mse=result.metrics["latent_mse"].to_dict(), sigma_factor=errors.scale)
+    info["metrics"] = dict(latent_mse=result.metrics["latent_mse"].to_dict(), sigma_factor=predictor.errors.scale)
     config, ratio = network.config, result.removal["ratio to all"]
     rows = dict(n_held=len(result.rows), metrics=metrics_rows(result.metrics, network.arch), inside1=judged.loc["all", "within 1σ"], inside2=judged.loc["all", "within 2σ"],
                 removal=", ".join(f"*{b}* {ratio[b]:.2f}" for b in BANDS), real=real_galaxy(predictor))
