@@ -163,6 +163,8 @@ def _add_experiment(commands):
     p.add_argument("survey", metavar="SURVEY", help="folder of a survey")
     p.add_argument("--out", required=True, metavar="FOLDER", help="gets one folder a training, and tables/")
     p.add_argument("--networks", nargs="+", metavar="NAME", help="other networks than the five of the paper; the first one alone for the other experiments")
+    p.add_argument("--ingredients", nargs="*", metavar="NAME", help="ablation: changes of the recipe, each by itself (see `spectranb.table1.INGREDIENTS`; no name: none)")
+    p.add_argument("--together", nargs="*", metavar="NAME", help="ablation: changes at once (no name: none)")
     p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="one training each (default: 0 1 2; size and noise: 0 1)")
     p.add_argument("--epochs", type=int, default=10, help="passes over the training galaxies (default: 10)")
     p.add_argument("--long", type=int, metavar="N", help="table1: and once more the xresnets, with so many epochs (published: 50; default: not)")

@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'INGREDIENTS', 'BETTER', 'PUBLISHED', 'PUBLISHED_SIZE', '
            'GaussianLoss', 'with_ingredients', 'ablation', 'smaller', 'training_size', 'sky_noise', 'noisier',
            'image_noise', 'noise_floor', 'paired_test', 'galaxy_errors', 'compare', 'size_line', 'mean_sd',
            'table1_frame', 'order_sentence', 'ablation_frame', 'Results', 'export_results', 'load_results',
-           'plot_curves', 'plot_against', 'size_rows', 'run_command']
+           'plot_curves', 'plot_against', 'size_rows', 'with_epochs', 'run_command']
 
 # %% ../nbs/11b_table1.ipynb #a4c7a719
 import itertools, json, math, sys, time, warnings
@@ -248,7 +248,7 @@ class GaussianLoss(Callback):
 # %% ../nbs/11b_table1.ipynb #18691ca0
 INGREDIENTS = {
     "small-batches": dict(batch_size=32),
-    "lower-rate": dict(lr=1e-2),                            # a third of the published one
+    "rate-0.01": dict(lr=1e-2), "rate-0.003": dict(lr=3e-3),    # of learning, at its peak; published: 0.03
     "full-resolution": dict(bin=1),                         # and crop / bin pixels: a smaller field at the same cost
     "fresh-statistics": dict(cbs=(FreshStatistics,)),
     "averaged-weights": dict(cbs=(AverageWeights,)),
@@ -272,11 +272,11 @@ def with_ingredients(
     return {k: v for k, v in out.items() if v}
 
 # %% ../nbs/11b_table1.ipynb #df4919ea
-BETTER = ("full-resolution", "small-batches", "lower-rate", "fresh-statistics")     # together
+BETTER = ("full-resolution", "small-batches", "rate-0.01", "fresh-statistics")      # the recipe of the network that ships
 
 def ablation(
     survey, out,                    # as in `table1`: the same folder takes over its trainings of `arch`
-    names=("full-resolution", "small-batches", "lower-rate", "gaussian-loss"),  # each alone
+    names=("full-resolution", "small-batches", "rate-0.01", "gaussian-loss"),  # each alone
     together=BETTER,                # and these at once; (): without
     arch:str="xresnet18_hybrid", seeds=(0, 1, 2), epochs:int=10, crop:int=128, bin:int=2,
     n:int=None, n_valid:int=None, vae=None, latents=None, split:str="random",
@@ -580,8 +580,15 @@ def size_rows(
     return some.assign(noise=some["noise"].fillna(1) if "noise" in some else 1.0)
 
 # %% ../nbs/11b_table1.ipynb #e946cd0a
+def with_epochs(
+    frame,                          # DataFrame, perhaps empty
+    epochs:int,
+):                                  # DataFrame
+    "The rows of trainings of this length."
+    return frame[frame["epochs"] == epochs] if len(frame) else frame
+
 def run_command(
-    a,                              # options: what, survey, out, networks, seeds, epochs, crop, bin, batch_size, n, n_valid, split, vae, keep, quiet
+    a,                              # options: what, survey, out, networks, ingredients, together, seeds, epochs, crop, bin, batch_size, n, n_valid, split, vae, keep, quiet
 ):
     "`spectranb experiment`: the trainings, then their table; everything as text in `tables/`."
     experiment = dict(table1=table1, ablation=ablation, size=training_size, noise=image_noise).get(a.what)
@@ -589,11 +596,12 @@ def run_command(
     given = dict(networks=a.networks) if a.what == "table1" and a.networks else dict(arch=a.networks[0]) if a.networks else {}
     if a.seeds: given["seeds"] = a.seeds
     if a.what == "table1": given["long"] = a.long
+    if a.what == "ablation": given |= {k: tuple(v) for k, v in dict(names=a.ingredients, together=a.together).items() if v is not None}
     vae = SpectrumVAE.load(a.vae) if a.vae else None
     sample = make_sample(a.survey, a.n, a.n_valid, vae, split=a.split)
     runs = experiment(sample, a.out, epochs=a.epochs, crop=a.crop, bin=a.bin, batch_size=a.batch_size, keep=a.keep and a.keep * 1e9, progress=not a.quiet, **given)
     kept = export_results(a.out, Path(a.out) / "tables", command=" ".join(["spectranb", *sys.argv[1:]]), floor=noise_floor(a.survey, sample, vae))
-    if a.what == "table1": print(table1_frame(runs).T.to_string(), "*" + PUBLISHED_SIZE, order_sentence(runs[runs["epochs"] == a.epochs], kept.tests[kept.tests["epochs"] == a.epochs] if len(kept.tests) else kept.tests), sep="\n")
+    if a.what == "table1": print(table1_frame(runs).T.to_string(), "*" + PUBLISHED_SIZE, order_sentence(with_epochs(runs, a.epochs), with_epochs(kept.tests, a.epochs)), sep="\n")
     elif a.what == "ablation": print(ablation_frame(runs, runs["arch"].iloc[0]).to_string())
     else: print(runs[["n_train", *(c for c in ("noise",) if c in runs), "seed", "mse", "tta_mse"]].to_string(), f"noise of the spectra: {kept.about['floor']:.3f}", sep="\n")
     print(size_line(runs), f"figures: {Path(a.out) / 'tables'}", sep="\n")

@@ -278,11 +278,11 @@ def test_floor_is_the_noise_of_the_targets(survey):
     reference = np.mean(((code(sample.valid, survey.spectra) - code(sample.valid, survey.arrays["noiseless"])) / code(sample.train, survey.spectra).std(0)) ** 2)
     assert noise_floor(survey, sample, Mean()) == pytest.approx(reference, rel=1e-5) and reference > 0
 
-@pytest.mark.parametrize("what, said", [("table1", "1 of 5 networks are finished: there is no order yet."), ("noise", "noise of the spectra")])
+@pytest.mark.parametrize("what, said", [("table1", "1 of 5 networks are finished: there is no order yet."), ("noise", "noise of the spectra"), ("ablation", "rate-0.003")])
 def test_command(survey, tmp_path, capsys, what, said):
-    options = dict(what=what, survey=survey.path, out=tmp_path, networks=["simple_cnn"], seeds=[0], epochs=1, crop=32, bin=2, batch_size=16, n=None, n_valid=None,
+    options = dict(what=what, survey=survey.path, out=tmp_path, networks=["simple_cnn"], ingredients=["rate-0.003"], together=[], seeds=[0], epochs=1, crop=32, bin=2, batch_size=16, n=None, n_valid=None,
                    split="random", vae=None, keep=None, long=None, quiet=True)
     run_command(SimpleNamespace(**options))
     out = capsys.readouterr().out
     assert said in out and "48 simulated galaxies to learn from, 12 to validate, 16 × 16 pixels of 0.5″, 1 epochs" in out
-    assert len(load_results(tmp_path / "tables").runs) == dict(table1=1, noise=3)[what]
+    assert len(load_results(tmp_path / "tables").runs) == dict(table1=1, noise=3, ablation=2)[what]
