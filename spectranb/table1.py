@@ -29,7 +29,7 @@ from .data.survey import Survey
 from .experiment import device_memory, device_name
 from .results import latent_metrics, latent_mse, published_mse
 from .loading import centre_crop
-from .training import train_network
+from .training import check_classes, train_network
 from .vae import SpectrumVAE, check_spectra
 
 # %% ../nbs/11b_table1.ipynb #03fe626b
@@ -54,7 +54,7 @@ def make_sample(
     split:str="random",             # as published, or "healpix": by patch of sky
     split_seed:int=12345,           # the published one
 )->Sample:
-    "Targets and split of a survey. Raises `BadInput` for too few galaxies."
+    "Targets and split of a survey. Raises `BadInput` for too few galaxies, a constant latent, a class of spectra that nothing is learned of."
     survey = survey if isinstance(survey, Survey) else Survey.open(survey)
     if not survey.size: raise BadInput(survey.path, "is a survey without images", "Give one with cutouts.")
     if latents is None:
@@ -67,7 +67,9 @@ def make_sample(
         if wanted and wanted > len(part): raise BadInput(survey.path, f"has {len(part)} usable galaxies in its {name} part, {wanted} wanted", "Ask for fewer, or make a larger survey.")
     rng = np.random.default_rng(split_seed)
     train, valid = (np.sort(rng.permutation(part)[:wanted]) for part, wanted in zip(parts, (n, n_valid)))
+    if "spec_class" in survey.catalog: check_classes(survey.catalog["spec_class"].fillna("unknown").to_numpy(str), train, valid)
     mean, std = latents[train].mean(0), latents[train].std(0)
+    if not std.all(): raise BadInput("latents", f"{np.flatnonzero(std == 0).tolist()} (counted from 0) are the same for all {len(train)} training galaxies", "Leave them out.")
     info = dict(survey=survey.path.name, seed_survey=survey.info["provenance"].get("seed"), simulated=bool(survey.info["provenance"].get("simulated")),
                 split=split, split_seed=split_seed, n_train=len(train), n_valid=len(valid))
     return Sample(survey.cutouts, (latents - mean) / std, train, valid, info)

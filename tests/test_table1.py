@@ -236,6 +236,16 @@ def test_sample_of_a_survey(survey):
     with pytest.raises(BadInput, match="in its training part, 100 wanted"): make_sample(survey, 100, latents=latents)
     with pytest.raises(BadInput, match="in its validation part, 100 wanted"): make_sample(survey, 10, 100, latents=latents)
 
+def test_sample_that_teaches_nothing_of_a_class_or_latent(survey, monkeypatch):
+    latents = np.random.default_rng(0).normal(5, 3, (60, 4))
+    sample = make_sample(survey, latents=latents)
+    catalog = survey.catalog.copy()
+    catalog.loc[sample.valid[:2], "spec_class"] = "QSO"
+    latents[sample.train, 2] = 1.5
+    with pytest.raises(BadInput, match=r"latents: \[2\] \(counted from 0\) are the same for all 48 training"): make_sample(survey, latents=latents)
+    monkeypatch.setattr(survey, "catalog", catalog)
+    with pytest.raises(BadInput, match="2 of class QSO in the validation part"): make_sample(survey, latents=latents)
+
 def test_fresh_statistics_are_the_mean_over_large_batches():
     "Against means taken by hand with the weights at rest, for both kinds of layer; a rest smaller than a batch is left out."
     rng = np.random.default_rng(0)
