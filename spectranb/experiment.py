@@ -6,11 +6,11 @@
 __all__ = ['setting', 'DataConfig', 'NetworkConfig', 'ScheduleConfig', 'ExperimentConfig', 'check_value', 'check_section',
            'as_config', 'read_config', 'toml_value', 'write_config', 'load_targets', 'choose_galaxies', 'leaking_rows',
            'check_split', 'flat', 'identity', 'check_same', 'plain', 'random_state', 'set_random_state',
-           'own_randomness', 'unwrapped', 'host_counters', 'capture', 'restore', 'write_state', 'read_state', 'process',
-           'over_ranks', 'Turns', 'Share', 'shared', 'Ranks', 'own_device', 'FrozenNorm', 'leave_group', 'distributed',
-           'device_memory', 'device_name', 'event_writer', 'Keeper', 'write_metrics', 'read_metrics', 'source_commit',
-           'circumstances', 'Run', 'claimed', 'prepare', 'make_run_learner', 'run_experiment', 'train_in',
-           'describe_run', 'begin_folder', 'finish_run', 'run_train_config']
+           'own_randomness', 'unwrapped', 'host_counters', 'stateful', 'capture', 'restore', 'write_state',
+           'read_state', 'process', 'over_ranks', 'Turns', 'Share', 'shared', 'Ranks', 'own_device', 'FrozenNorm',
+           'leave_group', 'distributed', 'device_memory', 'device_name', 'event_writer', 'Keeper', 'write_metrics',
+           'read_metrics', 'source_commit', 'circumstances', 'Run', 'claimed', 'prepare', 'make_run_learner',
+           'run_experiment', 'train_in', 'describe_run', 'begin_folder', 'finish_run', 'run_train_config']
 
 # %% ../nbs/09b_experiment.ipynb #74cdf0e6
 import atexit, gc, io, json, os, platform, random, shlex, subprocess, sys, time, tomllib, warnings
@@ -307,13 +307,17 @@ def host_counters(net):             # dict: name of a layer → count, for layer
     "Counters of layers that are no buffers."
     return {name: m.counter for name, m in net.named_modules() if isinstance(getattr(m, "counter", None), torch.Tensor)}
 
+def stateful(learn):                # list
+    "The callbacks that have a `state_dict`."
+    return [cb for cb in learn.cbs if hasattr(type(cb), "state_dict")]
+
 def capture(
     learn,                          # `Learner` at the end of an epoch
 ):                                  # dict of plain values
     "Everything that the next epoch depends on."
     net, smooth = unwrapped(learn.model), learn.recorder.smooth_loss
     return plain(dict(epoch=learn.epoch + 1, model=dict(net.state_dict()), counters=host_counters(net), optimiser=learn.opt.state_dict(), random=random_state(),
-                      smooth=dict(count=smooth.count, val=smooth.val), sampler=[dl.state_dict() for dl in learn.dls], dead=learn.stop_when_dead.dead, schedule=dict(epochs=learn.n_epoch, pct_train=learn.pct_train)))
+                      smooth=dict(count=smooth.count, val=smooth.val), sampler=[dl.state_dict() for dl in learn.dls], callbacks={cb.name: cb.state_dict() for cb in stateful(learn)}, dead=learn.stop_when_dead.dead, schedule=dict(epochs=learn.n_epoch, pct_train=learn.pct_train)))
 
 def restore(
     learn, state:dict,              # `Learner` before `fit`; of `capture`
@@ -328,6 +332,7 @@ def restore(
     for s in learn.opt.state.values(): s.update({k: v.to(device) for k, v in s.items() if isinstance(v, torch.Tensor)})
     learn.opt.slow_weights = [[w.to(device) for w in group] for group in learn.opt.slow_weights]
     for dl, kept in zip(learn.dls, state["sampler"]): dl.load_state_dict(kept)
+    for cb in stateful(learn): cb.load_state_dict(state["callbacks"][cb.name])
     learn.stop_when_dead.dead = state["dead"]
 
 # %% ../nbs/09b_experiment.ipynb #230a0cfb
@@ -494,7 +499,9 @@ class Keeper(Callback):
         if process()[0] == 0: set_random_state(self.state["random"])
 
     def after_epoch(self):
-        if self.epoch < self.done: return               # fastai walks through the epochs that are done, too
+        if self.epoch < self.done:                      # fastai walks through the epochs that are done, too
+            self.recorder.values[-1] = [self.rows[self.epoch][n] for n in self.recorder.metric_names if n not in ("epoch", "time")]
+            return
         self.rows.append(self.row())
         still = 1 + (self.learn.stop_when_dead.high - self.learn.stop_when_dead.low < 1e-6).nonzero().flatten()
         if self.epoch == 0 and len(still): warnings.warn(f"output {', '.join(map(str, still.tolist()))} is the same for all validation galaxies after the first epoch", stacklevel=2)

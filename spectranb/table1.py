@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'INGREDIENTS', 'BETTER', 'PUBLISHED', 'PUBLISHED_SIZE', 'Sample', 'make_sample', 'summarise', 'read_run',
-           'run_once', 'run_all', 'runs_frame', 'read_runs', 'table1', 'AverageWeights', 'joined', 'FreshStatistics',
-           'GaussianLoss', 'with_ingredients', 'ablation', 'smaller', 'training_size', 'sky_noise', 'noisier',
-           'image_noise', 'noise_floor', 'paired_test', 'galaxy_errors', 'compare', 'size_line', 'mean_sd',
+           'GoOn', 'run_once', 'run_all', 'runs_frame', 'read_runs', 'table1', 'AverageWeights', 'joined',
+           'FreshStatistics', 'GaussianLoss', 'with_ingredients', 'ablation', 'smaller', 'training_size', 'sky_noise',
+           'noisier', 'image_noise', 'noise_floor', 'paired_test', 'galaxy_errors', 'compare', 'size_line', 'mean_sd',
            'table1_frame', 'order_sentence', 'ablation_frame', 'Results', 'export_results', 'load_results',
            'plot_curves', 'plot_against', 'size_rows', 'with_epochs', 'run_command']
 
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .core import PIXEL_SCALE, BadInput, atomic_write, write_json
 from .data.mock import correlated_noise
 from .data.survey import Survey
-from .experiment import device_memory, device_name
+from .experiment import Keeper, device_memory, device_name, read_state, restore
 from .results import latent_metrics, latent_mse, published_mse
 from .loading import centre_crop
 from .training import check_classes, train_network
@@ -99,6 +99,16 @@ def read_run(
     return run
 
 # %% ../nbs/11b_table1.ipynb #2d690b8d
+class GoOn:
+    "For `train_network`: begin after the last epoch that the folder has a checkpoint of, and write one after each."
+    def __init__(self, folder, asked:dict): self.folder, self.asked = Path(folder), json.loads(json.dumps(asked, default=str))
+    def __call__(self, learn):
+        state = read_state(self.folder / "checkpoint.pt", self.asked, learn.model)
+        if state: restore(learn, state)
+        learn.add_cb(keeper := Keeper(self.folder, self.asked, state))
+        self.spent = keeper.spent                                # s, before this session
+        return keeper.done
+
 def run_once(
     sample:Sample,
     folder,                         # of this training
@@ -109,21 +119,22 @@ def run_once(
     keep:float=None,                # bytes of images that may stay in memory; None: what `train_network` finds right
     **settings,                     # further arguments of `train_network`
 )->dict:
-    "Train a network, measure it on the validation part, keep the figures, curves and predictions; or read them back."
+    "Train a network, measure it on the validation part, keep the figures, curves and predictions; or read them back. Killed, it goes on after the last whole epoch."
     folder, settings = Path(folder), dict(loss="mse", batch_size=128, rotate=10.0, band_dropout=0.0) | settings
     asked = dict(arch=arch, epochs=epochs, seed=seed, cbs=[c.__name__ for c in cbs]) | settings | sample.info
     if (run := read_run(folder, asked)) is not None: return run
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    network = train_network(sample.cutouts, sample.targets, sample.train, sample.valid, arch, epochs=epochs, seed=seed, device=device,
+    network = train_network(sample.cutouts, sample.targets, sample.train, sample.valid, arch, epochs=epochs, seed=seed, device=device, begin=(before := GoOn(folder, asked)),
                             progress=progress, log=log, cbs=[make() for make in cbs], **({} if keep is None else dict(keep=keep)), **settings)
     pieces, true = np.array_split(sample.valid, math.ceil(len(sample.valid) / 512)), sample.targets[sample.valid]
     predicted, averaged = (np.concatenate([network.predict(sample.cutouts[p], tta=tta) for p in pieces]) for tta in (False, True))
     with atomic_write(folder / "predictions.npz") as tmp: np.savez(tmp, predicted=predicted, averaged=averaged, true=true, rows=sample.valid)
     network.save(folder)                                     # weights.safetensors, network.json, history.csv
     result = summarise(predicted, true) | summarise(averaged, true, "tta_")
-    cost = dict(parameters=sum(p.numel() for p in network.net.parameters()), seconds=network.config["seconds"], memory=round(device_memory(network.device), 2),
+    cost = dict(parameters=sum(p.numel() for p in network.net.parameters()), seconds=round(before.spent + network.config["seconds"], 1), memory=round(device_memory(network.device), 2),
                 device=device_name(network.device), threads=torch.get_num_threads(), precision=network.config["precision"], torch=torch.__version__, date=time.strftime("%Y-%m-%d %H:%M"))
     write_json(folder / "run.json", dict(asked=asked, result=result, cost=cost))
+    for name in ("checkpoint.pt", "metrics.csv"): (folder / name).unlink(missing_ok=True)        # history.csv has the same figures
     return read_run(folder)
 
 # %% ../nbs/11b_table1.ipynb #56cd85b7
@@ -180,9 +191,9 @@ class AverageWeights(Callback):
     order = 15                                              # before `GaussianLoss` cuts the last layer
     def __init__(self,
         span:float=0.1,             # share of the training's steps that the average looks back on
-    ): self.span = span
+    ): self.span, self.mean = span, None
     def before_fit(self):
-        self.decay, self.mean = 1 - 1 / max(1, self.span * self.n_epoch * len(self.dls.train)), None
+        self.decay = 1 - 1 / max(1, self.span * self.n_epoch * len(self.dls.train))
     @torch.no_grad()
     def after_batch(self):
         if not self.training: return
@@ -193,6 +204,8 @@ class AverageWeights(Callback):
     def put(self, values):
         "Write `values` into the network."
         for k, v in self.model.state_dict().items(): v.copy_(values[k])
+    def state_dict(self): return dict(mean=self.mean)
+    def load_state_dict(self, state): self.mean = {k: v.to(self.dls.device) for k, v in state["mean"].items()}
     def before_validate(self):
         self.own = {k: v.clone() for k, v in self.model.state_dict().items()}
         if self.mean: self.put(self.mean)

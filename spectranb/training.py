@@ -235,7 +235,7 @@ def learning_curve(
 ):                                  # DataFrame: epoch, train_loss, valid_loss, mse, published_mse
     "The recorder's values, one row an epoch."
     names = [n for n in learn.recorder.metric_names if n not in ("epoch", "time")]
-    return pd.DataFrame(list(map(list, learn.recorder.values)), columns=names).rename_axis("epoch").reset_index().assign(epoch=lambda d: d.epoch + 1)
+    return pd.DataFrame(list(map(list, learn.recorder.values)), columns=names).astype(float).rename_axis("epoch").reset_index().assign(epoch=lambda d: d.epoch + 1)
 
 # %% ../nbs/09_training.ipynb #262b6ac6
 class TrainedNetwork:
@@ -331,9 +331,10 @@ def train_network(
     progress:bool=True, log=None,   # a bar; a function for a line an epoch, such as `print`
     cbs=(),                         # more fastai callbacks
     classes=None,                   # (N,) classes of the galaxies, to check the split by
+    begin=None,                     # function that takes the `Learner` before the first step and returns how many epochs are done already
 ):                                  # `TrainedNetwork`
     "Train a network from cutouts to latents. Raises `BadInput`."
-    settings = {k: v for k, v in locals().items() if k not in ("cutouts", "targets", "train_idx", "valid_idx", "progress", "log", "cbs", "keep", "classes")}
+    settings = {k: v for k, v in locals().items() if k not in ("cutouts", "targets", "train_idx", "valid_idx", "progress", "log", "cbs", "keep", "classes", "begin")}
     check_training_data(cutouts, targets, train_idx, valid_idx, batch_size, classes)
     device, lr = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), lr or peak_lr(arch)
     precision, net_kwargs = precision or fast_precision(device), dict(n_out=np.shape(targets)[1], **(net_kwargs or {}))
@@ -343,7 +344,7 @@ def train_network(
         torch.manual_seed(seed)
         learn, start = make_learner(*data, create_network(arch, transform, **net_kwargs), loss, wd, precision=precision, progress=progress, log=log, cbs=cbs), time.perf_counter()
         try:
-            with keep_memory() if device.type == "cpu" else nullcontext(): learn.fit_one_cycle(epochs, lr)
+            with keep_memory() if device.type == "cpu" else nullcontext(): learn.fit_one_cycle(epochs, lr, start_epoch=begin(learn) if begin else 0)
         except BadInput as e: raise BadInput(e.name, e.what, e.remedy) from None       # without fastai's wrapping
     settings |= dict(lr=lr, device=str(device), precision=str(precision), n_train=len(train_idx), n_valid=len(valid_idx), threads=torch.get_num_threads(),
                      seconds=round(time.perf_counter() - start, 1), torch=torch.__version__, net_kwargs=net_kwargs)

@@ -217,6 +217,27 @@ def test_text_and_back(done, tmp_path):
     pd.testing.assert_series_equal(kept.runs["mse"], read_runs(out)["mse"], rtol=1e-5)
 
 
+# --- cut off ---
+@pytest.mark.parametrize("cbs", [(), (AverageWeights,), (GaussianLoss, FreshStatistics)])
+def test_a_training_that_was_cut_off_goes_on(toys, tmp_path, monkeypatch, cbs):
+    "Weights, curves and figures to the last bit, whatever the callbacks keep; what was asked for must be the same."
+    from fastai.callback.core import Callback
+    from spectranb import table1
+    settings, uncut = QUICK | dict(epochs=3, arch="simple_deconv", cbs=cbs), table1.train_network
+    whole = run_once(toys, tmp_path / "whole", **settings)
+
+    class CutOff(Callback):
+        def after_batch(self):
+            if self.epoch == 1 and self.training: raise KeyboardInterrupt
+    monkeypatch.setattr(table1, "train_network", lambda *args, cbs=(), **kwargs: uncut(*args, cbs=[*cbs, CutOff()], **kwargs))
+    with pytest.raises(KeyboardInterrupt): run_once(toys, tmp_path / "cut", **settings)
+    monkeypatch.setattr(table1, "train_network", uncut)
+    with pytest.raises(BadInput, match="seed = 0, not 1"): run_once(toys, tmp_path / "cut", **settings | dict(seed=1))
+    assert run_once(toys, tmp_path / "cut", **settings)["result"] == whole["result"]
+    for name in ("weights.safetensors", "history.csv"): assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {f.name for f in (tmp_path / "cut").iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
+
+
 # --- a survey ---
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory):
