@@ -2,7 +2,7 @@
 
     python benchmarks/ship_network.py [--n 10000] [--epochs 10] [--work FOLDER] [--out spectranb/bundled/predictor]
 
-FOLDER keeps survey and network, so that an interrupted run goes on. The recipe is the best of `spectranb experiment ablation`
+FOLDER keeps survey and network, so that an interrupted run goes on. The recipe has the lowest mean error over three seeds of `spectranb experiment ablation`
 (`spectranb.table1.BETTER`) with bands left out in training, since real cutouts lack some. The VAE is the one that ships.
 """
 import argparse
@@ -114,7 +114,7 @@ if __name__ == "__main__":
     config, ratio = network.config, result.removal["ratio to all"]
     rows = dict(n_held=len(result.rows), metrics=metrics_rows(result.metrics, network.arch), inside1=judged.loc["all", "within 1σ"], inside2=judged.loc["all", "within 2σ"],
                 removal=", ".join(f"*{b}* {ratio[b]:.2f}" for b in BANDS), real=real_galaxy(predictor))
-    what = dict(seed=SEED, arch=network.arch, parameters=sum(q.numel() for q in network.net.parameters()), epochs=config["epochs"], recipe=f"{', '.join(BETTER)} (batches of {config['batch_size']})",
+    what = dict(seed=SEED, arch=network.arch, parameters=sum(q.numel() for q in network.net.parameters()), epochs=config["epochs"], recipe=", ".join(BETTER),
                 seconds=config["seconds"], field=network.transform.crop * PIXEL_SCALE, crop=network.transform.crop, binned="" if network.transform.bin == 1 else f", summed {network.transform.bin} × {network.transform.bin}", dropout=DROPOUT)
     card = CARD.format(**info | what | rows)
     predictor.save(a.out, half=True)

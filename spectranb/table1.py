@@ -262,7 +262,7 @@ class GaussianLoss(Callback):
 
 # %% ../nbs/11b_table1.ipynb #18691ca0
 INGREDIENTS = {
-    "small-batches": dict(batch_size=32),
+    "batches-32": dict(batch_size=32), "batches-16": dict(batch_size=16),
     "rate-0.01": dict(lr=1e-2), "rate-0.003": dict(lr=3e-3),    # of learning, at its peak; published: 0.03
     "full-resolution": dict(bin=1),                         # and crop / bin pixels: a smaller field at the same cost
     "fresh-statistics": dict(cbs=(FreshStatistics,)),
@@ -287,11 +287,11 @@ def with_ingredients(
     return {k: v for k, v in out.items() if v}
 
 # %% ../nbs/11b_table1.ipynb #df4919ea
-BETTER = ("full-resolution", "small-batches", "rate-0.01", "fresh-statistics")      # the recipe of the network that ships
+BETTER = ("full-resolution", "batches-32", "rate-0.01", "fresh-statistics")      # the recipe of the network that ships
 
 def ablation(
     survey, out,                    # as in `table1`: the same folder takes over its trainings of `arch`
-    names=("full-resolution", "small-batches", "rate-0.01", "gaussian-loss"),  # each alone
+    names=("full-resolution", "batches-32", "rate-0.01", "gaussian-loss"),  # each alone
     together=BETTER,                # and these at once; (): without
     arch:str="xresnet18_hybrid", seeds=(0, 1, 2), epochs:int=10, crop:int=128, bin:int=2,
     n:int=None, n_valid:int=None, vae=None, latents=None, split:str="random",

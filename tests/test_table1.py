@@ -115,7 +115,7 @@ def test_gaussian_loss_learns_the_variance_and_leaves_it_behind(monkeypatch):
     torch.testing.assert_close(callback.loss_of(pred, y), reference.float())
 
 def test_ingredients_combine():
-    both = with_ingredients(("generalised-mean", "averaged-covariance", "small-batches", "full-resolution"), 128, 2)
+    both = with_ingredients(("generalised-mean", "averaged-covariance", "batches-32", "full-resolution"), 128, 2)
     assert both == dict(crop=64, bin=1, batch_size=32, net_kwargs=dict(pool="gem", deconv=dict(average="covariance")))
     assert set(BETTER) <= set(INGREDIENTS)
     assert with_ingredients(("averaged-weights", "gaussian-loss"), 128, 2)["cbs"] == (AverageWeights, GaussianLoss)
