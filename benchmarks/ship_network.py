@@ -8,8 +8,6 @@ FOLDER keeps survey and network, so that an interrupted run goes on. The recipe 
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from spectranb.core import BANDS, PIXEL_SCALE, BadInput, atomic_write, real_dir
 from spectranb.data.cutouts import read_cutout
 from spectranb.data.fluxcal import synthetic_photometry

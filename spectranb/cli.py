@@ -158,13 +158,14 @@ def run_experiment(a):
 
 def _add_experiment(commands):
     p = _command(commands, "experiment", run_experiment, "Train networks or recipes with several seeds and compare them. Killed at any time, the same command goes on.",
-                 "spectranb experiment table1 survey --out runs --crop 128 --bin 2\nspectranb experiment ablation survey --out runs --crop 128 --bin 2    # the same folder: what they share is trained once")
+                 "spectranb experiment table1 survey --out runs --crop 128 --bin 2\nspectranb experiment ablation survey --out runs --crop 128 --bin 2    # the same folder: what they share is trained once\n"
+                 "spectranb experiment ablation survey --out runs --crop 128 --bin 2 --ingredients batches-32 --together")
     p.add_argument("what", choices=("table1", "ablation", "size", "noise"), help="five networks; changes of the recipe; fewer galaxies; noisier images")
     p.add_argument("survey", metavar="SURVEY", help="folder of a survey")
     p.add_argument("--out", required=True, metavar="FOLDER", help="gets one folder a training, and tables/")
     p.add_argument("--networks", nargs="+", metavar="NAME", help="other networks than the five of the paper; the first one alone for the other experiments")
-    p.add_argument("--ingredients", nargs="*", metavar="NAME", help="ablation: changes of the recipe, each by itself (see `spectranb.table1.INGREDIENTS`; no name: none)")
-    p.add_argument("--together", nargs="*", metavar="NAME", help="ablation: changes at once (no name: none)")
+    p.add_argument("--ingredients", nargs="*", metavar="NAME", help="ablation: changes of the recipe, each by itself (default: four; no name: none); a wrong name lists them all")
+    p.add_argument("--together", nargs="*", metavar="NAME", help="ablation: changes at once (default: the recipe of the model that ships; no name: none)")
     p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="one training each (default: 0 1 2; size and noise: 0 1)")
     p.add_argument("--epochs", type=int, default=10, help="passes over the training galaxies (default: 10)")
     p.add_argument("--long", type=int, metavar="N", help="table1: and once more the xresnets, with so many epochs (published: 50; default: not)")

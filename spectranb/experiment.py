@@ -322,7 +322,9 @@ def capture(
 def restore(
     learn, state:dict,              # `Learner` before `fit`; of `capture`
 ):
-    "Bring network, optimiser and batches to where they were."
+    "Bring network, optimiser, batches and callbacks to where they were. Raises `BadInput` for other callbacks."
+    if (now := {cb.name for cb in stateful(learn)}) != set(state["callbacks"]):
+        raise BadInput("checkpoint", f"was made with the callbacks {sorted(state['callbacks'])}, not {sorted(now)}", "Use the same ones, or another folder.")
     learn.model.load_state_dict(state["model"])
     counters = host_counters(learn.model)
     for name, count in state["counters"].items(): counters[name].copy_(count)
@@ -485,11 +487,11 @@ def event_writer(
 class Keeper(Callback):
     "Writes a run's folder after each epoch; sets the running numbers that a checkpoint kept."
     order = 65                                          # after the Recorder and the bar
-    def __init__(self, folder, mine, state=None, log=None, writes=True):
+    def __init__(self, folder, mine, state=None, log=None, writes=True, events=True):
         self.folder, self.mine, self.state, self.log, self.writes = Path(folder), mine, state, log, writes
         self.rows, self.done = (list(state["rows"]), state["epoch"]) if state else ([], 0)
         self.spent = self.rows[-1]["seconds"] if state else 0.0
-        self.events = event_writer(folder, self.done) if writes else None
+        self.events = event_writer(folder, self.done) if writes and events else None
 
     def before_fit(self):
         self.begun = time.perf_counter()

@@ -160,7 +160,7 @@ class Progress(Callback):
     def after_epoch(self):
         names = [n for n in self.recorder.metric_names if n not in ("epoch", "time")]
         values = ", ".join(f"{n} {v:.4f}" for n, v in zip(names, self.recorder.values[-1]) if not n.startswith(("rmse_", "r2_")))
-        if self.log: self.log(f"epoch {self.epoch + 1}/{self.n_epoch}: {values} ({time.perf_counter() - self.start:.0f} s)")
+        if self.log and values: self.log(f"epoch {self.epoch + 1}/{self.n_epoch}: {values} ({time.perf_counter() - self.start:.0f} s)")
     def after_fit(self): self.pbar.close()
 
 # %% ../nbs/09_training.ipynb #8a04461f

@@ -73,6 +73,7 @@ def test_foreign_and_damaged_folders_are_named(done, toys, tmp_path):
     with pytest.raises(BadInput, match="less than a batch"): run_once(smaller(toys, 20), tmp_path / "x", "simple_cnn", **QUICK | dict(batch_size=161))
     with pytest.raises(BadInput, match="160 training galaxies, 161 wanted"): smaller(toys, 161)
     with pytest.raises(BadInput, match="is no ingredient"): with_ingredients(("magic",), 128, 2)
+    with pytest.raises(BadInput, match="rate-0.01, rate-0.003: set lr twice"): with_ingredients(("rate-0.01", "rate-0.003"), 128, 2)
     with pytest.raises(BadInput, match="cannot be taken away"): noisier(toys, 0.5)
 
 
@@ -132,6 +133,11 @@ def test_ablation_shares_the_base(done, toys):
 
 
 # --- size and noise ---
+def test_what_changes_nothing_is_left_out(done, toys, tmp_path):
+    "Unbinned images have their full resolution already."
+    runs = ablation(toys, tmp_path, ("full-resolution", "rate-0.01"), ("full-resolution",), "simple_cnn", (0,), progress=False, **QUICK | dict(epochs=1))
+    assert list(runs["label"]) == ["simple_cnn", "rate-0.01"]
+
 def test_smaller_samples_nest_and_keep_the_length(toys):
     for seed in range(4):
         parts = [smaller(toys, n, seed) for n in (20, 40, 160)]
@@ -233,9 +239,17 @@ def test_a_training_that_was_cut_off_goes_on(toys, tmp_path, monkeypatch, cbs):
     with pytest.raises(KeyboardInterrupt): run_once(toys, tmp_path / "cut", **settings)
     monkeypatch.setattr(table1, "train_network", uncut)
     with pytest.raises(BadInput, match="seed = 0, not 1"): run_once(toys, tmp_path / "cut", **settings | dict(seed=1))
-    assert run_once(toys, tmp_path / "cut", **settings)["result"] == whole["result"]
+    before = np.random.get_state()[1].tolist()
+    assert run_once(toys, tmp_path / "cut", **settings)["result"] == whole["result"] and np.random.get_state()[1].tolist() == before
     for name in ("weights.safetensors", "history.csv"): assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert {f.name for f in (tmp_path / "cut").iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
+    for name in ("checkpoint.pt", ".checkpoint.pt.x.tmp.pt"): (tmp_path / "cut" / name).write_bytes(b"left by a kill")
+    assert run_once(toys, tmp_path / "cut", **settings)["result"] == whole["result"]
+    assert {str(f.relative_to(tmp_path / "cut")) for f in (tmp_path / "cut").rglob("*")} == {str(f.relative_to(tmp_path / "whole")) for f in (tmp_path / "whole").rglob("*")}
+
+
+def test_a_checkpoint_of_other_callbacks():
+    from spectranb.experiment import restore
+    with pytest.raises(BadInput, match=r"made with the callbacks \['average_weights'\], not \[\]"): restore(SimpleNamespace(cbs=[]), dict(callbacks=dict(average_weights={})))
 
 
 # --- a survey ---
@@ -254,6 +268,8 @@ def test_sample_of_a_survey(survey):
     assert sample.info["simulated"] and sample.info["n_train"] == len(sample.train)
     few = make_sample(survey, 20, 5, latents=latents)
     assert len(few.train) == 20 and len(few.valid) == 5 and set(few.train) < set(sample.train)
+    other = make_sample(survey, latents=latents + 1e-3)
+    assert sample.info["survey data"] == make_sample(survey, latents=latents).info["survey data"] != other.info["survey data"] and len(sample.info["survey data"]) == 12
     with pytest.raises(BadInput, match="in its training part, 100 wanted"): make_sample(survey, 100, latents=latents)
     with pytest.raises(BadInput, match="in its validation part, 100 wanted"): make_sample(survey, 10, 100, latents=latents)
 
@@ -262,7 +278,7 @@ def test_sample_that_teaches_nothing_of_a_class_or_latent(survey, monkeypatch):
     sample = make_sample(survey, latents=latents)
     catalog = survey.catalog.copy()
     catalog.loc[sample.valid[:2], "spec_class"] = "QSO"
-    latents[sample.train, 2] = 1.5
+    latents[sample.train, 2] = 1.1
     with pytest.raises(BadInput, match=r"latents: \[2\] \(counted from 0\) are the same for all 48 training"): make_sample(survey, latents=latents)
     monkeypatch.setattr(survey, "catalog", catalog)
     with pytest.raises(BadInput, match="2 of class QSO in the validation part"): make_sample(survey, latents=latents)
@@ -311,7 +327,8 @@ def test_floor_is_the_noise_of_the_targets(survey):
 
 @pytest.mark.parametrize("what, said", [("table1", "1 of 5 networks are finished: there is no order yet."), ("noise", "noise of the spectra"), ("ablation", "rate-0.003")])
 def test_command(survey, tmp_path, capsys, what, said):
-    options = dict(what=what, survey=survey.path, out=tmp_path, networks=["simple_cnn"], ingredients=["rate-0.003"], together=[], seeds=[0], epochs=1, crop=32, bin=2, batch_size=16, n=None, n_valid=None,
+    changes = dict(ingredients=["rate-0.003"], together=[]) if what == "ablation" else dict(ingredients=None, together=None)
+    options = changes | dict(what=what, survey=survey.path, out=tmp_path, networks=["simple_cnn"], seeds=[0], epochs=1, crop=32, bin=2, batch_size=16, n=None, n_valid=None,
                    split="random", vae=None, keep=None, long=None, quiet=True)
     run_command(SimpleNamespace(**options))
     out = capsys.readouterr().out
