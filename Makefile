@@ -14,7 +14,8 @@ DEMO    ?= --out $(OUT)
 TORCH   ?= torch==2.13.0
 BIN      = $(VENV)/bin
 DEV      = $(BIN)/python -m spectranb.dev
-PIP_FLAGS = --quiet --disable-pip-version-check
+PIP_FLAGS = --quiet --disable-pip-version-check --no-compile
+COMPILE  = { $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true; }    # on all cores; pip would take one
 SOURCES  = settings.ini setup.py
 
 .DEFAULT_GOAL := help
@@ -41,11 +42,11 @@ $(VENV)/made:
 
 $(VENV)/installed-mock: $(VENV)/made $(SOURCES)
 	@echo "installing spectranb with its simulator into $(VENV)"
-	@$(BIN)/python -m pip install $(PIP_FLAGS) "$(TORCH)" -e '.[mock]' && touch $@
+	@$(BIN)/python -m pip install $(PIP_FLAGS) "$(TORCH)" -e '.[mock]' && $(COMPILE) && touch $@
 
 $(VENV)/installed-dev: $(VENV)/made $(SOURCES)
 	@echo "installing spectranb with its simulator and development tools into $(VENV)"
-	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,mock]' && touch $(VENV)/installed-mock $@
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,mock]' && $(COMPILE) && touch $(VENV)/installed-mock $@
 
 install: $(VENV)/installed-mock   ## .venv with the library and its simulator
 dev: $(VENV)/installed-dev        ## .venv with the development tools as well
